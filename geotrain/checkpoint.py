@@ -1,0 +1,154 @@
+"""Checkpoints on any fsspec URL: content-hashed parts, one per region, and a manifest written last.
+
+No manifest, no checkpoint. Tensors are kept by name in safetensors; what is not a tensor is JSON in the file's metadata.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+
+from geotrain.errors import BadCheckpoint, OutputUnwritable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# torch is imported where tensors are touched: manifests are read and committed in the flow's process, which has none.
+
+WRITE_ERRORS = (OSError, ValueError)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPart:
+    """One region's file of a checkpoint."""
+
+    region: str
+    url: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What the run was when every region had finished a segment."""
+
+    run: str
+    segment: int
+    round: int
+    """The next round."""
+    epoch: int
+    """Of the view."""
+    samples: int
+    """Trained so far, all regions."""
+    metrics: dict[str, float]
+    totals: dict[str, dict[str, float]]
+    """Region -> what it added up to so far: samples, seconds, held_s, wire_bytes."""
+    parts: tuple[StoredPart, ...]
+
+    def part(self, region: str) -> StoredPart:
+        """Raises BadCheckpoint when the region has none."""
+        for part in self.parts:
+            if part.region == region:
+                return part
+        raise BadCheckpoint(f"of round {self.round}", f"it has no part of region {region}")
+
+
+def join(url: str, *names: str) -> str:
+    return "/".join([url.rstrip("/"), *names])
+
+
+def write_bytes(who: str, url: str, content: bytes) -> None:
+    """Write a whole object; on a local disk by rename, so that it is there whole or not at all. Raises OutputUnwritable."""
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+        local = "file" in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)
+        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        with fs.open(f"{path}.tmp" if local else path, "wb") as file:
+            file.write(content)
+        if local:
+            fs.mv(f"{path}.tmp", path)
+    except WRITE_ERRORS as error:
+        raise OutputUnwritable(who, url, str(error) or type(error).__name__) from error
+
+
+def read_bytes(url: str) -> bytes:
+    """Raises FileNotFoundError."""
+    fs, path = fsspec.core.url_to_fs(url)
+    content: bytes = fs.cat_file(path)
+    return content
+
+
+def tensors_to_bytes(tensors: Mapping[str, "Tensor"], facts: Mapping[str, Any] | None = None) -> bytes:
+    """A safetensors file, with JSON-able facts in its metadata."""
+    from safetensors.torch import save
+
+    alone = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    return bytes(save(alone, metadata={"geotrain": json.dumps(dict(facts or {}), sort_keys=True)}))
+
+
+def tensors_from_bytes(content: bytes) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
+    """(tensors by name, facts). Raises ValueError for what is not such a file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        tensors = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    return tensors, json.loads(header.get("__metadata__", {}).get("geotrain", "{}"))
+
+
+def write_part(region: str, url: str, tensors: Mapping[str, "Tensor"], facts: Mapping[str, Any]) -> StoredPart:
+    """Write one region's state. `facts` must be JSON-able. Raises OutputUnwritable."""
+    content = tensors_to_bytes(tensors, facts)
+    write_bytes(f"region {region}", url, content)
+    return StoredPart(region, url, hashlib.sha256(content).hexdigest(), len(content))
+
+
+def read_part(part: StoredPart) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
+    """(tensors by name, facts). Raises BadCheckpoint when the file is absent or not what the manifest says."""
+    try:
+        content = read_bytes(part.url)
+    except OSError as error:
+        raise BadCheckpoint(part.url, f"it cannot be read: {error}") from error
+    if hashlib.sha256(content).hexdigest() != part.sha256:
+        raise BadCheckpoint(part.url, "its content does not match the manifest's SHA-256")
+    return tensors_from_bytes(content)
+
+
+def folder(run_url: str, round: int) -> str:
+    """Where the checkpoint before a round lies."""
+    return join(run_url, "checkpoints", f"{round:08d}")
+
+
+def commit(run_url: str, manifest: Manifest) -> None:
+    """Make a checkpoint real. All its parts must be written. Raises OutputUnwritable."""
+    content = json.dumps(asdict(manifest), indent=1).encode()
+    write_bytes("the flow", join(folder(run_url, manifest.round), "manifest.json"), content)
+
+
+def latest(run_url: str) -> Manifest | None:
+    """The newest committed checkpoint of a run; None when there is none. Raises BadCheckpoint for a broken manifest."""
+    fs, path = fsspec.core.url_to_fs(join(run_url, "checkpoints"))
+    found = sorted(fs.glob(f"{path}/*/manifest.json"))
+    if not found:
+        return None
+    try:
+        tree = json.loads(fs.cat_file(found[-1]))
+        parts = tuple(StoredPart(**part) for part in tree.pop("parts"))
+        return Manifest(**tree, parts=parts)
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadCheckpoint(found[-1], str(error)) from error
+
+
+def prune(run_url: str, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, and what an interrupted segment left behind before them."""
+    fs, path = fsspec.core.url_to_fs(join(run_url, "checkpoints"))
+    committed = sorted(name.rsplit("/", 2)[-2] for name in fs.glob(f"{path}/*/manifest.json"))
+    for name in sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)) if fs.exists(path) else []:
+        if committed[-keep:] and name < committed[-keep:][0]:
+            fs.rm(f"{path}/{name}", recursive=True)

@@ -1,0 +1,128 @@
+"""A region's Dask cluster: opened, scaled to the plan, closed whatever happens."""
+
+import importlib
+import logging
+import os
+import time
+from contextlib import ExitStack
+from typing import Any, assert_never
+
+import dask
+from distributed import Client
+from distributed.security import Security
+
+from geotrain.clusters.code import CodePlugin, pack
+from geotrain.errors import ClusterError, ClusterTooSmall, ClusterUnreachable
+from geotrain.job import AddressCluster, ClassCluster, LocalCluster, RegionSpec
+
+CONNECT_S = 30.0
+GROW_S = 120.0
+GROW_MARGIN_S = 10.0
+"""Time that any cluster gets, when its own pace is not known."""
+
+
+class RegionCluster:
+    """A client of one region's scheduler, and the cluster behind it where geotrain started that. A context manager."""
+
+    def __init__(self, region: str, client: Client, cluster: Any | None, stack: ExitStack) -> None:
+        self.region, self.client, self.cluster = region, client, cluster
+        self._stack = stack
+
+    @property
+    def dashboard(self) -> str:
+        return str(self.client.dashboard_link)
+
+    def workers(self) -> list[str]:
+        """Addresses of all workers, sorted."""
+        return sorted(self.client.nthreads())
+
+    def scale(self, workers: int) -> list[str]:
+        """Ask for so many workers and wait for them; returns the addresses to use. Raises ClusterTooSmall.
+
+        An existing scheduler (`address`) is not scaled: it must have the workers.
+        """
+        if self.cluster is not None and len(self.workers()) != workers:
+            self.cluster.scale(workers)
+        began = time.monotonic()
+        while len(found := self.workers()) < workers:
+            waited = time.monotonic() - began
+            if waited > (GROW_S if self.cluster is not None else GROW_MARGIN_S):
+                raise ClusterTooSmall(self.region, workers, len(found), waited)
+            time.sleep(0.1)
+        return found[:workers]
+
+    def ship(self, code: tuple[str, ...]) -> None:
+        """Put the user's files on every worker's import path, those that come later too."""
+        if code:
+            self.client.register_plugin(CodePlugin(pack(code)), name="geotrain-code")
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def __enter__(self) -> "RegionCluster":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def open_cluster(spec: RegionSpec) -> RegionCluster:
+    """Connect to a region's cluster, starting it with one worker where it is ours to start. Raises ClusterError."""
+    stack = ExitStack()
+    where = "?"
+    try:
+        match spec.cluster:
+            case LocalCluster():
+                from geotrain.clusters.local import RegionLocalCluster
+
+                where = "this machine"
+                cluster = stack.enter_context(RegionLocalCluster(spec))
+                client = stack.enter_context(Client(cluster, set_as_default=False, timeout=CONNECT_S))
+            case AddressCluster():
+                where, cluster = spec.cluster.address, None
+                security = _security(spec.cluster)
+                client = stack.enter_context(Client(where, set_as_default=False, timeout=CONNECT_S, security=security))
+            case ClassCluster():
+                where = spec.cluster.path
+                cluster = stack.enter_context(_cluster_class(spec.name, where)(**spec.cluster.args))
+                client = stack.enter_context(Client(cluster, set_as_default=False, timeout=CONNECT_S))
+                if not client.nthreads():
+                    cluster.scale(1)
+            case _:
+                assert_never(spec.cluster)
+    except ClusterError:
+        stack.close()
+        raise
+    except (OSError, TimeoutError, RuntimeError, ValueError, TypeError) as error:
+        stack.close()
+        raise ClusterUnreachable(spec.name, where, str(error) or type(error).__name__) from error
+    return RegionCluster(spec.name, client, cluster, stack)
+
+
+def _security(cluster: AddressCluster) -> Security | None:
+    if cluster.security is None:
+        return None
+    files = cluster.security
+    return Security(tls_ca_file=files.ca, tls_client_cert=files.cert, tls_client_key=files.key, require_encryption=True)
+
+
+def _cluster_class(region: str, path: str) -> Any:
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ClusterUnreachable(region, path, f"the class cannot be imported: {error}") from error
+
+
+def quiet_dask() -> None:
+    """Settings that a training process wants from Dask. Call it before the first cluster is opened."""
+    dask.config.set(
+        {
+            "distributed.logging.distributed": "error",
+            "distributed.scheduler.allowed-failures": 0,
+            "distributed.comm.timeouts.connect": f"{CONNECT_S:.0f}s",
+        }
+    )
+    os.environ.setdefault("DASK_DISTRIBUTED__LOGGING__DISTRIBUTED", "error")
+    for name in ("distributed", "distributed.scheduler", "distributed.worker", "distributed.nanny", "distributed.core"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,36 @@
+"""Opening a region's object store through fsspec: local folders, s3://, memory://, anything it knows."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import fsspec
+
+from geotrain.errors import DataUnreachable
+from geotrain.job import FromEnv, RegionSpec
+
+Options = Mapping[str, str | int | bool | FromEnv]
+
+
+def resolve_options(region: str, options: Options) -> dict[str, Any]:
+    """Options with `{env: NAME}` replaced by this process's environment. Raises DataUnreachable naming the variable."""
+    resolved: dict[str, Any] = {}
+    for key, value in options.items():
+        if isinstance(value, FromEnv):
+            if value.env not in os.environ:
+                raise DataUnreachable(region, f"storage_options.{key}", f"the environment variable {value.env} is not set on this worker")
+            resolved[key] = os.environ[value.env]
+        else:
+            resolved[key] = value
+    return resolved
+
+
+def open_store(spec: RegionSpec, url: str) -> tuple[Any, str]:
+    """(filesystem, path) of a URL with the region's own options. Local paths ignore the options meant for a bucket."""
+    options = resolve_options(spec.name, spec.storage_options) if "://" in url else {}
+    if url.startswith("s3://") and "endpoint_url" in options:
+        options = {"client_kwargs": {"endpoint_url": options["endpoint_url"]}, **{k: v for k, v in options.items() if k != "endpoint_url"}}
+    try:
+        return fsspec.core.url_to_fs(url, **options)  # type: ignore[no-any-return]
+    except (ImportError, ValueError, OSError) as error:
+        raise DataUnreachable(spec.name, url, str(error)) from error

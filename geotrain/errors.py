@@ -1,0 +1,204 @@
+"""Every error that geotrain raises on purpose: who, where, what happened, and what to do about it.
+
+    GeotrainError                  exit code
+    ├── JobError                       2   the job file, or the command line, asks for something impossible
+    ├── TaskError                      3   the user's own code
+    │   ├── TaskImportError                it cannot be imported on a worker
+    │   ├── TaskFailed                     it raised
+    │   ├── ModelMismatch                  regions built different models
+    │   └── NonFiniteLoss                  a loss is NaN or infinite
+    ├── DataError                      4   the data of a region
+    │   ├── DataUnreachable                no such bucket, folder or credentials
+    │   ├── UnreadableShard                not Parquet, truncated
+    │   ├── MissingColumn                  the task needs a column that a file does not have
+    │   ├── SchemaMismatch                 two files or regions disagree
+    │   └── EmptyRegion                    no row to train on
+    ├── ClusterError                   5   the Dask cluster of a region
+    │   ├── ClusterUnreachable
+    │   ├── ClusterTooSmall
+    │   └── WorkerLost
+    ├── WanError                       6   between the regions
+    │   ├── PeerUnreachable
+    │   ├── UpdateRefused
+    │   └── Diverged                       replicas that must be equal are not
+    ├── StateError                     7   run folders, checkpoints, the registry
+    │   ├── OutputUnwritable
+    │   ├── RunNotFound
+    │   ├── NothingToResume
+    │   └── BadCheckpoint
+    └── Stopped                       75   stopped on request; `geotrain resume` continues
+
+An error is made from positional values, so that it survives the way from a worker to the flow.
+"""
+
+from typing import ClassVar
+
+
+class GeotrainError(Exception):
+    """The root. `says` and `remedy` are format strings over `fields`, which name the positional arguments."""
+
+    exit_code: ClassVar[int] = 1
+    fields: ClassVar[tuple[str, ...]] = ("detail",)
+    says: ClassVar[str] = "{detail}"
+    remedy: ClassVar[str] = ""
+
+    def __init__(self, *values: object) -> None:
+        assert len(values) == len(self.fields), (type(self).__name__, self.fields, values)
+        super().__init__(*values)
+        self.named = dict(zip(self.fields, values, strict=True))
+
+    @property
+    def message(self) -> str:
+        return self.says.format(**self.named)
+
+    @property
+    def advice(self) -> str:
+        return self.remedy.format(**self.named)
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  -> {self.advice}" if self.advice else self.message
+
+
+class JobError(GeotrainError):
+    exit_code = 2
+
+
+class TaskError(GeotrainError):
+    exit_code = 3
+
+
+class TaskImportError(TaskError):
+    fields = ("region", "path", "detail")
+    says = "region {region}: the task {path} cannot be imported on a worker: {detail}"
+    remedy = "write it as 'module:Name'; list the file or folder that holds it under `code:`, and what it imports in the workers' environment"
+
+
+class TaskFailed(TaskError):
+    fields = ("region", "where", "detail")
+    says = "region {region}: the task failed in {where}: {detail}"
+    remedy = "run `geotrain validate JOB --probe` after mending it: that takes one batch in every region"
+
+
+class ModelMismatch(TaskError):
+    fields = ("region", "other", "parameter", "detail")
+    says = "the model of region {region} differs from that of {other} at {parameter}: {detail}"
+    remedy = "model() must give the same parameters everywhere: the same code and library versions, and no randomness beyond torch's seeded generator"
+
+
+class NonFiniteLoss(TaskError):
+    fields = ("region", "round", "files")
+    says = "region {region}: the loss became NaN or infinite in round {round}, on rows of {files}; nothing of that round left the region"
+    remedy = "look for missing or extreme values in those files, lower the learning rate, or train.precision: fp32; the last checkpoint is intact"
+
+
+class DataError(GeotrainError):
+    exit_code = 4
+
+
+class DataUnreachable(DataError):
+    fields = ("region", "uri", "detail")
+    says = "region {region}: cannot list {uri}: {detail}"
+    remedy = "check the bucket or folder name, and the credentials named in that region's storage_options"
+
+
+class UnreadableShard(DataError):
+    fields = ("region", "uri", "detail")
+    says = "region {region}: {uri} is not a readable Parquet file: {detail}"
+    remedy = "write the file again, or move it out of the data folder"
+
+
+class MissingColumn(DataError):
+    fields = ("region", "uri", "column", "present")
+    says = "region {region}: {uri} has no column '{column}' (it has: {present})"
+    remedy = "rename the column in the data, or the task's `columns`"
+
+
+class SchemaMismatch(DataError):
+    fields = ("region", "uri", "column", "found", "expected", "reference")
+    says = "region {region}: column '{column}' of {uri} is {found}, but it is {expected} in {reference}"
+    remedy = "write both with one schema: a model cannot be trained on columns of different types"
+
+
+class EmptyRegion(DataError):
+    fields = ("region", "uri")
+    says = "region {region}: {uri} holds no row"
+    remedy = "put Parquet files there, or take the region out of the job"
+
+
+class ClusterError(GeotrainError):
+    exit_code = 5
+
+
+class ClusterUnreachable(ClusterError):
+    fields = ("region", "where", "detail")
+    says = "region {region}: no Dask cluster at {where}: {detail}"
+    remedy = "check that region's `cluster:` (address, TLS files, import path) and that its scheduler is up"
+
+
+class ClusterTooSmall(ClusterError):
+    fields = ("region", "wanted", "got", "waited_s")
+    says = "region {region}: {wanted} workers were planned, {got} came within {waited_s:.0f} s"
+    remedy = "lower `devices: count`, or find out why the cluster does not scale"
+
+
+class WorkerLost(ClusterError):
+    fields = ("region", "worker", "doing")
+    says = "region {region}: worker {worker} was lost while {doing}"
+    remedy = "look for an out-of-memory kill or a hardware error on it; `geotrain resume` continues from the last checkpoint"
+
+
+class WanError(GeotrainError):
+    exit_code = 6
+
+
+class PeerUnreachable(WanError):
+    fields = ("region", "peer", "address", "detail")
+    says = "region {region} cannot reach {peer} at {address}: {detail}"
+    remedy = "check {peer}'s wan.advertise and the firewall between the two"
+
+
+class UpdateRefused(WanError):
+    fields = ("region", "reason")
+    says = "region {region} refused an update: {reason}"
+    remedy = "both ends must run the same job and the same version of geotrain"
+
+
+class Diverged(WanError):
+    fields = ("round", "hashes")
+    says = "after round {round} the regions hold different parameters: {hashes}"
+    remedy = "this is a fault in geotrain or in a machine's arithmetic: please report it with the run folder; the checkpoint before is intact"
+
+
+class StateError(GeotrainError):
+    exit_code = 7
+
+
+class OutputUnwritable(StateError):
+    fields = ("who", "url", "detail")
+    says = "{who} cannot write {url}: {detail}"
+    remedy = "check `output.url` and the right to write there, from the flow and from every region's workers"
+
+
+class RunNotFound(StateError):
+    fields = ("run", "looked_in")
+    says = "no run '{run}' in {looked_in}"
+    remedy = "give the run folder's path, or --runs URL; `geotrain status` lists the runs"
+
+
+class NothingToResume(StateError):
+    fields = ("run", "why")
+    says = "run {run} cannot be resumed: {why}"
+    remedy = "start it anew with `geotrain run`"
+
+
+class BadCheckpoint(StateError):
+    fields = ("url", "why")
+    says = "checkpoint {url} is damaged: {why}"
+    remedy = "remove its manifest.json: `geotrain resume` then takes the one before it"
+
+
+class Stopped(GeotrainError):
+    exit_code = 75
+    fields = ("run",)
+    says = "run {run} was stopped; its last segment is checkpointed"
+    remedy = "geotrain resume {run}"

@@ -1,0 +1,100 @@
+"""What the control plane tells a region's workers, and what they answer. Small values: no tensor goes this way."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from geotrain.checkpoint import StoredPart
+from geotrain.data.inventory import Inventory
+from geotrain.job import JobSpec
+from geotrain.sync.messages import View
+
+
+@dataclass(frozen=True, slots=True)
+class SeatOrder:
+    """Take a seat: build the model, join the region's workers, open the WAN endpoint."""
+
+    run: str
+    job: JobSpec
+    region: str
+    rank: int
+    world: int
+    """Workers of this region."""
+    rendezvous: str | None
+    """tcp://host:port where the region's workers meet; None when there is one."""
+    train: Inventory
+    eval: Inventory | None
+    view: View
+    rounds_per_epoch: int
+    token: str
+    give_up_s: float
+    """How long a peer may be unreachable before that is an error."""
+    warm_start: str | None = None
+    """URL of a model.safetensors to begin from."""
+    restore: StoredPart | None = None
+    """This region's part of the checkpoint to continue from."""
+
+
+@dataclass(frozen=True, slots=True)
+class SeatTaken:
+    region: str
+    rank: int
+    worker: str
+    wan: str | None
+    """host:port for the other leaders; None for a worker that does not lead."""
+    fingerprint: dict[str, str]
+    """Parameter or buffer name -> shape and dtype."""
+    hashes: dict[str, str]
+    """Parameter or buffer name -> SHA-256 of its values."""
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentOrder:
+    """Train until a round, then write this region's part of the checkpoint."""
+
+    number: int
+    until: int
+    peers: dict[str, str]
+    """Region -> host:port."""
+    run_url: str
+    """The run folder, for this region's part of the checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentDone:
+    """What one region did in a segment."""
+
+    region: str
+    segment: int
+    round: int
+    """The next round."""
+    samples: int
+    steps: int
+    loss: float | None
+    """Mean over the segment's rows; None when there were none."""
+    seconds: float
+    held_s: float
+    """Time without an inner step, waiting for other regions."""
+    sha256: str
+    """Of the parameters and buffers."""
+    part: StoredPart
+    metrics: dict[str, tuple[float, float]]
+    """Held-out sums and counts."""
+    traffic: dict[str, dict[str, Any]]
+    """Per target region, since the run (or its resumption) began."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """A short look at how one worker does on this task."""
+
+    region: str
+    samples_per_s: float
+    payload_bytes: int
+    """One update, encoded."""
+    device: str
+
+
+def topic(run: str, region: str) -> str:
+    """The Dask event topic on which a partition reports."""
+    return f"geotrain-{run}-{region}"

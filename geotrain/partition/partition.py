@@ -1,0 +1,174 @@
+"""The control plane's handle on one region: what is asked of its workers, and the truth about what became of it."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
+from typing import Any
+
+from distributed import Client, Future
+
+from geotrain.clusters import RegionCluster
+from geotrain.data.inventory import Inventory
+from geotrain.errors import ClusterUnreachable, GeotrainError, Stopped, TaskFailed, WorkerLost
+from geotrain.job import JobSpec
+from geotrain.partition.calls import on_worker
+from geotrain.partition.orders import Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder, topic
+
+POLL_S = 0.1
+WORKERS_CHECK_S = 2.0
+SETTLE_S = 5.0
+"""After a failure, how long the region's other workers get to say what happened to them."""
+
+Listener = Callable[[str, dict[str, Any]], None]
+"""Called with (region, message) for all that a partition reports while it trains."""
+
+
+class Control:
+    """What the control plane wants of all partitions of a run: to go on, to stop at an agreed round, or to end at once."""
+
+    def __init__(self, run: str) -> None:
+        self.run = run
+        self.stop = threading.Event()
+        self.abort = threading.Event()
+
+
+class Partition:
+    """One region of one run. Methods block; they are called from a thread per region."""
+
+    def __init__(self, job: JobSpec, region: str, cluster: RegionCluster, control: Control, listener: Listener) -> None:
+        self.job, self.region, self.cluster, self.control = job, region, cluster, control
+        self.workers: list[str] = []
+        """Addresses of the workers with a seat; the leader's first."""
+        self._listener = listener
+        self._stop_told = False
+        self.client.subscribe_topic(topic(control.run, region), self._heard)
+
+    @property
+    def client(self) -> Client:
+        return self.cluster.client
+
+    def _heard(self, event: tuple[float, dict[str, Any]]) -> None:
+        self._listener(self.region, event[1])
+
+    def survey(self) -> tuple[Inventory, Inventory | None]:
+        """Training and held-out inventory, read by one worker. Raises DataError, TaskImportError, ClusterError."""
+        self.cluster.ship(self.job.code)
+        answer: tuple[Inventory, Inventory | None] = self._call("reading the footers", "survey", self.job, self.region)
+        return answer
+
+    def probe(self, train: Inventory, output: str) -> Probed:
+        """Speed of one worker on this task. Raises TaskError, DataError, OutputUnwritable."""
+        answer: Probed = self._call("the probe", "probe", self.job, self.region, train, output)
+        return answer
+
+    def scale(self, workers: int) -> None:
+        """Bring the cluster to the planned size. Raises ClusterTooSmall."""
+        self.workers = self.cluster.scale(workers)
+
+    def take_seats(self, order: Callable[[int, str | None], SeatOrder]) -> SeatTaken:
+        """Seat every worker; `order` makes the order for (rank, rendezvous). Returns the leader's answer."""
+        rendezvous = None
+        if len(self.workers) > 1:
+            rendezvous = self._await([self._submit(self.workers[0], "meeting_point")], "choosing a port")[0]
+        futures = [self._submit(worker, "take_seat", order(rank, rendezvous)) for rank, worker in enumerate(self.workers)]
+        leader: SeatTaken = self._await(futures, "building the model")[0]
+        return leader
+
+    def train(self, order: SegmentOrder) -> SegmentDone:
+        """One segment. Raises TaskError, WorkerLost, WanError, OutputUnwritable, or Stopped when another region failed."""
+        self._stop_told = False
+        futures = [self._submit(worker, "train_segment", self.control.run, self.region, order) for worker in self.workers]
+        done: SegmentDone = self._await(futures, f"segment {order.number}")[0]
+        return done
+
+    def evaluate(self) -> dict[str, tuple[float, float]]:
+        """Held-out sums and counts. Raises TaskFailed."""
+        sums: dict[str, tuple[float, float]] = self._ask_leader("the evaluation", "evaluate_seat")
+        return sums
+
+    def merge_fully(self) -> str:
+        """This region's side of the merge that ends a push run; returns the hash of what it then holds."""
+        digest: str = self._ask_leader("the final merge", "merge_fully")
+        return digest
+
+    def write_model(self, url: str) -> int:
+        """The leader writes model.safetensors; returns its bytes. Raises OutputUnwritable."""
+        size: int = self._ask_leader("publishing", "write_model", url)
+        return size
+
+    def _ask_leader(self, doing: str, name: str, *args: Any) -> Any:
+        return self._await([self._submit(self.workers[0], name, self.control.run, self.region, *args)], doing)[0]
+
+    def leave(self) -> None:
+        """Give up the seats; for clusters that outlive the run. What cannot be reached any more has nothing to give up."""
+        if self.cluster.cluster is None and self.workers:
+            try:
+                self.client.run(on_worker, "leave", self.control.run, self.region, workers=self.workers, on_error="ignore")
+            except (OSError, TimeoutError):
+                return
+
+    def _submit(self, worker: str, name: str, *args: Any) -> Future:
+        return self.client.submit(on_worker, name, *args, workers=[worker], allow_other_workers=False, pure=False, retries=0)
+
+    def _call(self, doing: str, name: str, *args: Any) -> Any:
+        """On whichever worker is there first."""
+        worker = self.cluster.scale(1)[0]
+        return self._await([self._submit(worker, name, *args)], doing, workers=[worker])[0]
+
+    def _await(self, futures: Sequence[Future], doing: str, workers: list[str] | None = None) -> list[Any]:
+        """The results, unless a worker is lost, the run is aborted, or one of them raises."""
+        checked = time.monotonic()
+        while any(future.status == "pending" for future in futures) and all(future.status in ("pending", "finished") for future in futures):
+            if self.control.abort.is_set():
+                self._cancel(futures)
+                raise Stopped(self.control.run)
+            self._pass_on_stop()
+            if time.monotonic() - checked > WORKERS_CHECK_S:
+                checked = time.monotonic()
+                self._check_workers(futures, workers or self.workers, doing)
+            time.sleep(POLL_S if len(futures) > 1 else 0.02)
+        if all(future.status == "finished" for future in futures):
+            return [future.result() for future in futures]
+        raise self._why(futures, workers or self.workers, doing)
+
+    def _pass_on_stop(self) -> None:
+        if self.control.stop.is_set() and not self._stop_told and self.workers:
+            self._stop_told = True
+            self.client.run(on_worker, "ask_stop", self.control.run, self.region, workers=self.workers[:1])
+
+    def _cancel(self, futures: Sequence[Future]) -> None:
+        try:
+            self.client.cancel(list(futures), force=True)
+        except (OSError, TimeoutError, CancelledError):
+            return
+
+    def _check_workers(self, futures: Sequence[Future], workers: list[str], doing: str) -> None:
+        try:
+            there = self.client.nthreads()
+        except (OSError, TimeoutError, RuntimeError) as error:
+            raise ClusterUnreachable(self.region, str(self.client.scheduler), f"lost during {doing}: {error}") from error
+        for worker in workers:
+            if worker not in there:
+                self._cancel(futures)
+                raise WorkerLost(self.region, worker, doing)
+
+    def _why(self, futures: Sequence[Future], workers: list[str], doing: str) -> BaseException:
+        """The best explanation among what the workers raised: ours before torch's, torch's before a bare loss."""
+        until = time.monotonic() + SETTLE_S
+        while any(future.status == "pending" for future in futures) and time.monotonic() < until:
+            time.sleep(POLL_S)
+        self._cancel([future for future in futures if future.status == "pending"])
+        raised = [future.exception() for future in futures if future.status == "error"]
+        for error in raised:
+            if isinstance(error, GeotrainError):
+                return error
+        try:
+            self._check_workers(futures, workers, doing)
+        except GeotrainError as lost:
+            return lost
+        if raised and type(raised[0]).__name__ != "KilledWorker":
+            failed = TaskFailed(self.region, doing, f"{type(raised[0]).__name__}: {raised[0]}")
+            failed.__cause__ = raised[0]
+            return failed
+        return WorkerLost(self.region, workers[0] if workers else "?", doing)

@@ -1,0 +1,352 @@
+"""A seat: one worker process's place in a run, resident between segments. What runs on workers by `calls.on_worker` stands at the end."""
+
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from distributed import get_worker
+from distributed.worker import thread_state
+
+from geotrain import checkpoint
+from geotrain.data.batches import Reader, record_batches
+from geotrain.data.inventory import Inventory, take_inventory
+from geotrain.data.leases import LeaseBook
+from geotrain.errors import BadCheckpoint, Stopped, TaskError, TaskFailed, WorkerLost
+from geotrain.job import JobSpec
+from geotrain.partition.flat import FlatModel, sha256
+from geotrain.partition.group import Alone, Directive, Group, Together
+from geotrain.partition.orders import Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder
+from geotrain.partition.progress import Reporter
+from geotrain.partition.server import ParameterServer, Totals
+from geotrain.partition.state import load_optimizer_state, optimizer_state, prefixed, without_prefix
+from geotrain.partition.trainer import TASK_FAULTS, Rows, Trainer, evaluate
+from geotrain.sync.codec import codec_of
+from geotrain.sync.machine import round_machine
+from geotrain.sync.pace import Pace
+from geotrain.sync.replica import replica_of
+from geotrain.sync.strategy import FINAL_MERGE, Merging, strategy_of
+from geotrain.task import TrainingTask, load_task
+from geotrain.wan.flight import FlightTransport
+from geotrain.wan.shaped import Line, Shaped
+from geotrain.wan.transport import Transport
+
+PROBE_S = 1.0
+
+
+class Seat:
+    """One worker of one region. The leader (rank 0) also holds the parameter server and the WAN endpoint."""
+
+    def __init__(self, order: SeatOrder) -> None:
+        job, spec = order.job, order.job.region(order.region)
+        self.order, self.job = order, job
+        self.strategy = strategy_of(job.sync)
+        self.stop_asked = False
+        self.reporter = Reporter(order.run, order.region)
+        self.trainer = make_trainer(job, order.region, order.train, order.rank, order.world, order.rendezvous, order.rounds_per_epoch)
+        self.server: ParameterServer | None = None
+        self.peers: dict[str, str] = {}
+        if order.warm_start:
+            self._warm_start(order.warm_start)
+        if order.rank == 0:
+            flat = self.trainer.flat
+            codec = codec_of(job.sync.codec)
+            largest = max(4, codec.wire_bytes(1)) * flat.vector.numel()
+            self.endpoint = FlightTransport(order.region, spec.wan.listen, self.peers, token=order.token, largest_payload=largest, give_up_s=order.give_up_s)
+            self.transport = self._shaped(self.endpoint)
+            self.reporter.traffic = self.transport.traffic
+            self._seat_server(first_round=0)
+        if order.restore:
+            self._restore(order.restore)
+
+    def _shaped(self, inner: Transport) -> Transport:
+        shape = self.job.shape
+        if shape is None:
+            return inner
+        line = Line(shape.mbit_per_s, shape.rtt_ms)
+        return Shaped(inner, lambda to: line)
+
+    def _seat_server(self, first_round: int) -> None:
+        order, flat = self.order, self.trainer.flat
+        pace = Pace(order.rounds_per_epoch, self.trainer.rows.steps_in)
+        self.server = self.trainer.server = ParameterServer(
+            region=order.region,
+            machine=round_machine(self.strategy, order.region, order.view, pace, first_round),
+            replica=replica_of(self.strategy, flat.vector, flat.parameters, codec_of(self.job.sync.codec), len(order.view.regions)),
+            transport=self.transport,
+            alive=dask_task_alive(order.run),
+            stop_wanted=lambda: self.stop_asked,
+            report=self.reporter.round,
+            event=self.reporter.event,
+        )
+
+    def taken(self) -> SeatTaken:
+        flat, spec = self.trainer.flat, self.job.region(self.order.region)
+        wan = (spec.wan.advertise or self.endpoint.address) if self.order.rank == 0 else None
+        hashes = flat.hashes()
+        if self.order.restore and not isinstance(self.strategy, Merging):
+            hashes = {}
+        return SeatTaken(
+            self.order.region, self.order.rank, get_worker().address, wan, flat.fingerprint(), hashes, str(flat.vector.device)
+        )
+
+    def segment(self, order: SegmentOrder) -> SegmentDone | None:
+        """Train one segment. The leader answers; the region's other workers return None."""
+        self.stop_asked = False
+        self.peers.update(order.peers)
+        began = time.monotonic()
+        alive = dask_task_alive(self.order.run)
+        first: Directive | None = None
+        if self.server is not None:
+            self.server.alive = alive
+            first = self.server.begin(order.until)
+        try:
+            self.trainer.segment(first, alive)
+        except BaseException:
+            self.trainer.group.close()
+            raise
+        if self.server is None:
+            return None
+        self.server.drain()
+        totals, round = self.server.totals, self.server.machine.at.round
+        self.reporter.flush()
+        return self._done(order, totals, round, time.monotonic() - began)
+
+    def _done(self, order: SegmentOrder, totals: Totals, round: int, seconds: float) -> SegmentDone:
+        folder = checkpoint.folder(order.run_url, round)
+        part = self._write_part(checkpoint.join(folder, f"{self.order.region}.safetensors"), round)
+        return SegmentDone(
+            region=self.order.region,
+            segment=order.number,
+            round=round,
+            samples=totals.samples,
+            steps=totals.steps,
+            loss=totals.loss / totals.samples if totals.samples else None,
+            seconds=seconds,
+            held_s=totals.held_s,
+            sha256=sha256(self.trainer.flat.vector),
+            part=part,
+            metrics=self.evaluate(),
+            traffic={to: link.to_dict() for to, link in self.transport.traffic.items()},
+        )
+
+    def evaluate(self) -> dict[str, tuple[float, float]]:
+        """Held-out sums and counts of this region; none where it has no such rows."""
+        return evaluate(self.trainer, self.order.eval, self.job.train.batch_size) if self.order.eval else {}
+
+    def merge_fully(self) -> str:
+        """One full merge, weighted by rows, so that a push strategy ends with one model; returns its hash."""
+        assert self.server is not None
+        round = self.server.machine.at.round
+        flat = self.trainer.flat
+        replica = replica_of(FINAL_MERGE, flat.vector, flat.parameters, codec_of("fp32"), len(self.order.view.regions))
+        replica.load_state({"theta": torch.zeros(flat.vector.numel())})
+        machine = round_machine(FINAL_MERGE, self.order.region, self.order.view, Pace(1, lambda epoch: 0), round)
+        machine.at.samples = self.order.train.rows
+        closing = ParameterServer(
+            self.order.region,
+            machine,
+            replica,
+            self.transport,
+            alive=dask_task_alive(self.order.run),
+            stop_wanted=lambda: False,
+            report=lambda record: None,
+            event=self.reporter.event,
+        )
+        closing.begin(round + 1)
+        closing.drain()
+        return sha256(flat.vector)
+
+    def _write_part(self, url: str, round: int) -> checkpoint.StoredPart:
+        assert self.server is not None
+        flat, rows = self.trainer.flat, self.trainer.rows
+        inner, numbers = optimizer_state(self.trainer.optimizer, flat.parameter_names())
+        other = {name: buffer for name, buffer in flat.model.named_buffers() if not buffer.is_floating_point()}
+        tensors = {
+            **prefixed("model", flat.named(flat.vector)),
+            **prefixed("buffer", other),
+            **prefixed("inner", inner),
+            **prefixed("sync", self.server.replica.state()),
+        }
+        epoch = round // self.order.rounds_per_epoch
+        facts = {"round": round, "inner": numbers, "cursor": rows.book(epoch).cursor()}
+        return checkpoint.write_part(self.order.region, url, tensors, facts)
+
+    def _restore(self, part: checkpoint.StoredPart) -> None:
+        """Continue from a checkpoint. Every worker of the region reads the part; only the leader keeps the exchange's state."""
+        tensors, facts = checkpoint.read_part(part)
+        flat, model = self.trainer.flat, without_prefix("model", tensors)
+        if {name: list(tensor.shape) for name, tensor in model.items()} != {slot.name: list(slot.shape) for slot in flat.slots}:
+            raise BadCheckpoint(part.url, "it holds another model: its parameters have other names or shapes")
+        with torch.no_grad():
+            for name, view in flat.named(flat.vector).items():
+                view.copy_(model[name])
+        buffers = dict(flat.model.named_buffers())
+        for name, value in without_prefix("buffer", tensors).items():
+            buffers[name].copy_(value)
+        load_optimizer_state(self.trainer.optimizer, flat, without_prefix("inner", tensors), facts["inner"])
+        self.trainer.rows.restore(facts["cursor"])
+        if self.order.rank == 0:
+            self._seat_server(first_round=facts["round"])
+            assert self.server is not None
+            self.server.replica.load_state(without_prefix("sync", tensors))
+
+    def _warm_start(self, url: str) -> None:
+        try:
+            self.trainer.flat.load(checkpoint.tensors_from_bytes(checkpoint.read_bytes(url))[0])
+        except (OSError, RuntimeError, ValueError) as error:
+            raise BadCheckpoint(url, f"the model cannot begin from it: {error}") from error
+
+    def write_model(self, url: str) -> int:
+        """Write the model for the registry; returns its bytes."""
+        content = checkpoint.tensors_to_bytes(self.trainer.flat.state_dict())
+        checkpoint.write_bytes(f"region {self.order.region}", url, content)
+        return len(content)
+
+    def close(self) -> None:
+        self.trainer.rows.close()
+        if self.order.rank == 0:
+            self.transport.close()
+        self.trainer.group.close()
+
+
+def make_trainer(
+    job: JobSpec, region: str, train: Inventory, rank: int, world: int, rendezvous: str | None, rounds_per_epoch: int
+) -> Trainer:
+    """The task's model, flat, with its optimizer and its rows. Raises TaskImportError, TaskFailed."""
+    torch.set_num_threads(job.train.threads)
+    task = load_task(region, job.task, job.task_args)
+    torch.manual_seed(job.train.seed)
+    try:
+        flat = FlatModel(task.model(), device_of(job, region))
+        if world > 1:
+            flat.flatten_gradients()
+        optimizer = task.optimizer([p for p in flat.model.parameters() if p.requires_grad])
+    except TASK_FAULTS as error:
+        raise TaskFailed(region, "model or optimizer", f"{type(error).__name__}: {error}") from error
+    group: Group = Together(rendezvous, rank, world, flat.vector.device) if rendezvous else Alone()
+    reader = Reader(job.region(region), list(task.columns))
+    rows = Rows(train.row_groups(), reader, job.train, rank, world, to_batch=batch_maker(region, task))
+    flat.model.train()
+    return Trainer(region, task, flat, optimizer, group, rows, rounds_per_epoch, job.train.precision, job.train.seed)
+
+
+def batch_maker(region: str, task: TrainingTask) -> Callable[[Any], Any]:
+    """task.batch, whose failures name the region."""
+
+    def to_batch(rows: Any) -> Any:
+        try:
+            return task.batch(rows)
+        except TASK_FAULTS as error:
+            raise TaskFailed(region, "batch", f"{type(error).__name__}: {error}") from error
+
+    return to_batch
+
+
+def device_of(job: JobSpec, region: str) -> torch.device:
+    """CUDA where the region names a device that is not a CPU and this worker sees one."""
+    wants_gpu = any(device.kind != "cpu" for device in job.region(region).devices)
+    return torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")
+
+
+def dask_task_alive(run: str) -> Callable[[], None]:
+    """A check that raises Stopped once the scheduler no longer wants the Dask task in which it was made.
+
+    future.cancel() does not stop a running function, and neither does the loss of the client: the function must look.
+    """
+    worker, key = get_worker(), thread_state.key
+
+    def alive() -> None:
+        task = worker.state.tasks.get(key)
+        if task is None or task.state == "cancelled":
+            raise Stopped(run)
+
+    return alive
+
+
+_SEATS: dict[tuple[str, str], Seat] = {}
+"""This process's seats, by run and region: the state that stays resident between segments."""
+
+
+def survey(job: JobSpec, region: str) -> tuple[Inventory, Inventory | None]:
+    """On any worker of a region: what data it has, for training and held out."""
+    spec = job.region(region)
+    task = load_task(region, job.task, job.task_args)
+    label = getattr(task, "label", None)
+    train = take_inventory(spec, spec.data.train, task.columns, label)
+    return train, take_inventory(spec, spec.data.eval, task.columns, label) if spec.data.eval else None
+
+
+def probe(job: JobSpec, region: str, train: Inventory, output: str) -> Probed:
+    """On one worker of a region: a second of training on its own rows, thrown away. Finds what is wrong before it costs."""
+    checkpoint.write_bytes(f"region {region}", checkpoint.join(output, ".writable", region), b"")
+    trainer = make_trainer(job, region, train, 0, 1, None, 1)
+    book = LeaseBook(train.row_groups()[: job.train.mix_row_groups], seed=0, epoch=0, workers=1, mix=job.train.mix_row_groups)
+    batches = record_batches(book, 0, job.train.batch_size, trainer.rows.reader.read)
+    rows, began = 0, 0.0
+    for number, batch in enumerate(batches):
+        if number == 1:
+            rows, began = 0, time.monotonic()
+        rows += batch.num_rows
+        try:
+            loss = trainer.forward_backward(trainer.rows.to_batch(batch), 1.0)
+            trainer.optimizer.step()
+        except TaskError:
+            raise
+        except TASK_FAULTS as error:
+            raise TaskFailed(region, "loss or backward", f"{type(error).__name__}: {error}") from error
+        loss.item()
+        if number and time.monotonic() - began > PROBE_S:
+            break
+    seconds = time.monotonic() - began if number else PROBE_S
+    payload = codec_of(job.sync.codec).wire_bytes(trainer.flat.vector.numel())
+    return Probed(region, rows / max(seconds, 1e-9), payload, str(trainer.flat.vector.device))
+
+
+def take_seat(order: SeatOrder) -> SeatTaken:
+    """Make this process's seat; one left over from an earlier attempt is closed first."""
+    leave(order.run, order.region)
+    seat = Seat(order)
+    _SEATS[order.run, order.region] = seat
+    return seat.taken()
+
+
+def train_segment(run: str, region: str, order: SegmentOrder) -> SegmentDone | None:
+    if (run, region) not in _SEATS:
+        raise WorkerLost(region, get_worker().address, "between two segments: its process was replaced")
+    return _SEATS[run, region].segment(order)
+
+
+def evaluate_seat(run: str, region: str) -> dict[str, tuple[float, float]]:
+    return _SEATS[run, region].evaluate()
+
+
+def merge_fully(run: str, region: str) -> str:
+    return _SEATS[run, region].merge_fully()
+
+
+def write_model(run: str, region: str, url: str) -> int:
+    return _SEATS[run, region].write_model(url)
+
+
+def ask_stop(run: str, region: str) -> None:
+    """Runs beside the segment: ask the leader to end it at the next round that all can agree on."""
+    if (run, region) in _SEATS:
+        _SEATS[run, region].stop_asked = True
+
+
+def leave(run: str, region: str) -> None:
+    """Give the seat up: threads, port and group."""
+    if (seat := _SEATS.pop((run, region), None)) is not None:
+        seat.close()
+
+
+
+
+def meeting_point() -> str:
+    """tcp://host:port on this worker where the region's workers can meet."""
+    host = str(get_worker().address).split("://")[1].rpartition(":")[0]
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as free:
+        free.bind((host, 0))
+        return f"tcp://{host}:{free.getsockname()[1]}"

@@ -1,0 +1,187 @@
+"""The parameter server: carries out the RoundMachine's instructions with a replica and a transport, in the training thread."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, assert_never
+
+import torch
+from torch import Tensor
+
+from geotrain.partition.group import Directive
+from geotrain.sync.machine import RoundMachine
+from geotrain.sync.messages import (
+    Apply,
+    Discard,
+    Event,
+    Hold,
+    Instruction,
+    Kind,
+    Merge,
+    Produce,
+    Received,
+    Resume,
+    RoundClosed,
+    SegmentBegins,
+    SegmentOver,
+    Send,
+    StepDone,
+    StopAsked,
+    Update,
+)
+from geotrain.sync.replica import DeltaReplica, MergeReplica, MixReplica
+from geotrain.wan.transport import Delivery, Transport
+
+POLL_S = 0.1
+DRAIN_S = 30.0
+
+
+@dataclass(slots=True)
+class RoundRecord:
+    """One line of rounds.jsonl."""
+
+    region: str
+    round: int
+    at: float
+    """Unix time."""
+    samples: int
+    loss: float | None
+    held_s: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(slots=True)
+class Totals:
+    """What a segment adds up to."""
+
+    samples: int = 0
+    steps: int = 0
+    loss: float = 0.0
+    """Summed over rows."""
+    held_s: float = 0.0
+
+
+@dataclass
+class ParameterServer:
+    """One partition's side of the exchange. All of it runs in the training thread; the transport has threads of its own."""
+
+    region: str
+    machine: RoundMachine
+    replica: MergeReplica | DeltaReplica | MixReplica
+    transport: Transport
+    alive: Callable[[], None]
+    """Raises when the control plane is gone or has cancelled."""
+    stop_wanted: Callable[[], bool]
+    report: Callable[[RoundRecord], None]
+    event: Callable[[str, dict[str, Any]], None]
+    clock: Callable[[], float] = time.monotonic
+    totals: Totals = field(default_factory=Totals)
+    _payloads: dict[tuple[str, int, str, int, int], Tensor] = field(default_factory=dict)
+    _changed: bool = False
+    _stop_told: bool = False
+    _round_loss: Tensor | None = None
+    _round_held_s: float = 0.0
+    _held_since: float | None = None
+
+    def begin(self, until: int) -> Directive:
+        """Open a segment that ends before round `until`."""
+        self.totals, self._stop_told = Totals(), False
+        self._handle(SegmentBegins(until, self.clock()))
+        return self._directive()
+
+    def step_done(self, samples: int, loss: Tensor) -> Directive:
+        """After an inner step: exchange what is due, take what came, wait if need be.
+
+        `loss`: the step's mean, a detached scalar. Raises FloatingPointError at the end of a round whose loss is not finite,
+        before anything of it leaves the region.
+        """
+        weighted = loss * samples
+        self._round_loss = weighted if self._round_loss is None else self._round_loss + weighted
+        self.totals.steps += 1
+        if self.machine.at.steps + 1 >= self.machine.at.pace.steps(self.machine.at.round) and not torch.isfinite(self._round_loss):
+            raise FloatingPointError(f"loss in round {self.machine.at.round}")
+        self._handle(StepDone(samples, self.clock()))
+        return self._directive()
+
+    def _directive(self) -> Directive:
+        """Take what came; while the machine holds, wait for more."""
+        self.alive()
+        if self.stop_wanted() and not self._stop_told:
+            self._stop_told = True
+            self._handle(StopAsked(self.clock()))
+        while (delivery := self.transport.receive(0)) is not None:
+            self._take(delivery)
+        at = self.machine.at
+        while at.held and not at.over:
+            self.alive()
+            if (late := self.transport.receive(POLL_S)) is not None:
+                self._take(late)
+        changed, self._changed = self._changed, False
+        return Directive(at.round, changed, at.over)
+
+    def _take(self, delivery: Delivery) -> None:
+        key = delivery.update.key
+        fresh = key not in self._payloads
+        if fresh:
+            self._payloads[key] = delivery.payload
+        self._handle(Received(delivery.update, self.clock()), fresh=fresh)
+
+    def _handle(self, event: Event, *, fresh: bool = True) -> None:
+        mine: list[Update] = []
+        for instruction in self.machine.handle(event):
+            self._carry_out(instruction, mine, fresh=fresh)
+        for update in mine:
+            if update.kind is not Kind.CONTRIBUTION or update.origin != self.machine.at.view.owner:
+                self._payloads.pop(update.key, None)
+
+    def _carry_out(self, instruction: Instruction, mine: list[Update], *, fresh: bool) -> None:
+        match instruction:
+            case Produce(update):
+                self._payloads[update.key] = self.replica.produce()
+                mine.append(update)
+            case Merge(update, contributions):
+                assert isinstance(self.replica, MergeReplica)
+                self._payloads[update.key] = self.replica.merge([(part, self._payloads.pop(part.key)) for part in contributions])
+            case Send(update, to):
+                self.transport.send(to, update, self._payloads[update.key])
+            case Apply(update, weight):
+                self.replica.apply(self._payloads.pop(update.key), weight)
+                self._changed = True
+            case Discard(update, reason):
+                if fresh:
+                    self._payloads.pop(update.key, None)
+                self.event("discarded", {"origin": update.origin, "round": update.round, "reason": reason})
+            case RoundClosed():
+                self._close_round(instruction)
+            case Hold():
+                self._held_since = self.clock()
+            case Resume() | SegmentOver():
+                self._count_hold()
+            case _:
+                assert_never(instruction)
+
+    def _count_hold(self) -> None:
+        if self._held_since is not None:
+            waited, self._held_since = self.clock() - self._held_since, None
+            self.totals.held_s += waited
+            self._round_held_s += waited
+
+    def _close_round(self, closed: RoundClosed) -> None:
+        self._count_hold()
+        loss = self._round_loss.item() if self._round_loss is not None else 0.0
+        self.totals.samples += closed.samples
+        self.totals.loss += loss
+        mean = loss / closed.samples if closed.samples else None
+        self.report(RoundRecord(self.region, closed.round, time.time(), closed.samples, mean, round(self._round_held_s, 6)))
+        self._round_loss, self._round_held_s = None, 0.0
+
+    def drain(self) -> None:
+        """Wait until the peers have acknowledged everything; the segment's own end says that they will."""
+        until = self.clock() + DRAIN_S
+        while not self.transport.drain(POLL_S):
+            self.alive()
+            if self.clock() > until:
+                self.event("slow_acknowledgement", {"waited_s": DRAIN_S})
+                until = self.clock() + DRAIN_S

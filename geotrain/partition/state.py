@@ -1,0 +1,40 @@
+"""A seat's state as named tensors and JSON-able facts, and back: what a checkpoint part holds."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geotrain.partition.flat import FlatModel
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, facts) of an inner optimizer, keyed `parameter/slot`; facts hold the slots that are plain numbers."""
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {}
+    for parameter, slots in optimizer.state.items():
+        for slot, value in slots.items():
+            key = f"{names[id(parameter)]}/{slot}"
+            if isinstance(value, Tensor):
+                tensors[key] = value
+            elif value is not None:
+                facts[key] = value
+    return tensors, facts
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, flat: FlatModel, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Give an optimizer, fresh from the task, the slots that it had. Step counters stay on the CPU, as torch keeps them."""
+    parameters = dict(flat.model.named_parameters())
+    for key, value in {**tensors, **facts}.items():
+        name, _, slot = key.rpartition("/")
+        parameter = parameters[name]
+        on_device = isinstance(value, Tensor) and value.shape == parameter.shape
+        optimizer.state[parameter][slot] = value.to(parameter.device) if on_device else value
+
+
+def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def without_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}

@@ -1,0 +1,182 @@
+"""The training loop of one worker: inner steps, and what the leader says after each."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geotrain.data.batches import Prefetched, Reader, record_batches
+from geotrain.data.inventory import Inventory, RowGroup
+from geotrain.data.leases import LeaseBook
+from geotrain.errors import GeotrainError, NonFiniteLoss, TaskFailed
+from geotrain.job import TrainSpec
+from geotrain.partition.flat import FlatModel
+from geotrain.partition.group import Directive, Group
+from geotrain.partition.server import ParameterServer
+from geotrain.metrics import Sums, add_sums
+from geotrain.task import TrainingTask
+
+TASK_FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+"""What somebody else's model code raises when it is wrong."""
+
+
+@dataclass
+class Rows:
+    """The rows of this region, epoch by epoch, as this worker sees them."""
+
+    groups: tuple[RowGroup, ...]
+    reader: Reader
+    train: TrainSpec
+    rank: int
+    world: int
+    to_batch: Callable[[Any], Any]
+    books: dict[int, LeaseBook] = field(default_factory=dict)
+    """The books of the current epoch and, once asked for, of the next."""
+    stream: Prefetched | None = None
+    epoch: int = -1
+
+    def book(self, epoch: int) -> LeaseBook:
+        if epoch not in self.books:
+            for old in [known for known in self.books if known < epoch - 1]:
+                del self.books[old]
+            mix = self.train.mix_row_groups
+            self.books[epoch] = LeaseBook(self.groups, seed=self.train.seed, epoch=epoch, workers=self.world, mix=mix)
+        return self.books[epoch]
+
+    def steps_in(self, epoch: int) -> int:
+        """Inner steps of an epoch: those of the worker with the most rows."""
+        return self.book(epoch).steps(self.train.batch_size)
+
+    def next(self, epoch: int) -> tuple[Any | None, list[int]]:
+        """(this worker's batch or None, rows of each worker) of the next inner step."""
+        if epoch != self.epoch or self.stream is None:
+            self.close()
+            self.epoch = epoch
+            self.stream = Prefetched(self._batches(self.book(epoch)))
+        taken = self.book(epoch).take(self.train.batch_size)
+        return (self.stream.take() if taken[self.rank] else None), taken
+
+    def _batches(self, book: LeaseBook) -> Iterator[Any]:
+        yield from map(self.to_batch, record_batches(book, self.rank, self.train.batch_size, self.reader.read))
+
+    def restore(self, cursor: dict[str, Any]) -> None:
+        self.close()
+        mix = self.train.mix_row_groups
+        book = LeaseBook.at(cursor, self.groups, seed=self.train.seed, workers=self.world, mix=mix)
+        self.books = {book.epoch: book}
+
+    def close(self) -> None:
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
+
+
+@dataclass
+class Trainer:
+    """One worker's model and how it steps."""
+
+    region: str
+    task: TrainingTask
+    flat: FlatModel
+    optimizer: torch.optim.Optimizer
+    group: Group
+    rows: Rows
+    rounds_per_epoch: int
+    precision: str
+    seed: int
+    server: ParameterServer | None = None
+    """The leader's."""
+
+    def segment(self, first: Directive | None, alive: Callable[[], None]) -> None:
+        """Inner steps until the leader says that the segment is over. Raises NonFiniteLoss, TaskFailed."""
+        directive = self.group.follow(first, self.flat.vector)
+        round = -1
+        while not directive.over:
+            alive()
+            if directive.round != round:
+                round = directive.round
+                torch.manual_seed(self._seed_of(round))
+            directive = self._step(round)
+
+    def _step(self, round: int) -> Directive:
+        batch, rows = self.rows.next(round // self.rounds_per_epoch)
+        share = rows[self.group.rank] / sum(rows)
+        try:
+            loss = self.forward_backward(batch, share)
+            self.optimizer.step()
+        except TASK_FAULTS as error:
+            raise TaskFailed(self.region, "loss or backward", f"{type(error).__name__}: {error}") from error
+        if self.server is None:
+            return self.group.follow(None, self.flat.vector)
+        try:
+            directive = self.server.step_done(sum(rows), loss)
+        except FloatingPointError as error:
+            raise NonFiniteLoss(self.region, round, self._files()) from error
+        return self.group.follow(directive, self.flat.vector)
+
+    def forward_backward(self, batch: Any | None, share: float) -> Tensor:
+        """Gradients of this worker's batch, averaged over the region's workers by rows; returns the region's mean loss."""
+        gradients = self.flat.gradients
+        if gradients is None:
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            gradients.zero_()
+        loss = torch.zeros((), device=self.flat.vector.device)
+        if batch is not None:
+            with self.autocast():
+                loss = self.task.loss(self.flat.model, on_device(batch, self.flat.vector.device))
+            loss.backward()  # type: ignore[no-untyped-call]
+            loss = loss.detach()
+        if gradients is not None:
+            gradients[-1] = loss
+        self.group.average(gradients, share)
+        return loss if gradients is None else gradients[-1].clone()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.flat.vector.device.type, dtype=torch.bfloat16)
+
+    def _seed_of(self, round: int) -> int:
+        """Dropout and the like depend on (seed, region, worker, round) alone, so that a resumed run repeats them."""
+        words = f"{self.seed} {self.region} {self.group.rank} {round}"
+        return int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "little")
+
+    def _files(self) -> str:
+        book = self.rows.book(self.rows.epoch)
+        uris = sorted({book.groups[group].uri for group in book.in_use(self.group.rank)})
+        return ", ".join(uris[:3]) + (f" and {len(uris) - 3} more" if len(uris) > 3 else "")
+
+
+def evaluate(trainer: Trainer, held_out: Inventory, batch_size: int) -> dict[str, tuple[float, float]]:
+    """Sums and counts over all held-out rows of the region. Raises TaskFailed."""
+    groups = LeaseBook(held_out.row_groups(), seed=0, epoch=0, workers=1, mix=1)
+    model = trainer.flat.model
+    model.eval()
+    parts: list[Sums] = []
+    try:
+        with torch.inference_mode(), trainer.autocast():
+            for rows in record_batches(groups, 0, batch_size, trainer.rows.reader.read):
+                parts.append(trainer.task.evaluate(model, on_device(trainer.rows.to_batch(rows), trainer.flat.vector.device)))
+    except GeotrainError:
+        raise
+    except TASK_FAULTS as error:
+        raise TaskFailed(trainer.region, "evaluate", f"{type(error).__name__}: {error}") from error
+    finally:
+        model.train()
+    return add_sums(parts)
+
+
+def on_device(batch: Any, device: torch.device) -> Any:
+    """A batch of tensors, in whatever tuple, list or dict, on the device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: on_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(on_device(value, device) for value in batch)
+    return batch

@@ -1,0 +1,1 @@
+"""Planning: which workers, which owner, how long, how much. Pure."""

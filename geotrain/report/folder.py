@@ -1,0 +1,129 @@
+"""The run folder on any fsspec URL.
+
+    <output.url>/<run>/
+      job.yaml  inventory.json  plan.json     what was asked for, found and decided
+      rounds.jsonl  events.jsonl              append-only, while it runs
+      checkpoints/<segment>/                  one part per region, manifest.json last
+      summary.json  report.html  report.md    at the end
+"""
+
+import json
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import fsspec
+import yaml
+
+from geotrain.checkpoint import join, read_bytes, write_bytes
+from geotrain.errors import NothingToResume, OutputUnwritable, RunNotFound
+from geotrain.job import JobSpec, parse_job
+
+
+def new_run_id(job_name: str, now: datetime | None = None) -> str:
+    """The job's name, the time in UTC, four random digits."""
+    return f"{job_name}-{now or datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+class RunFolder:
+    """Reads and writes one run's folder. Thread-safe."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self.run = self.url.rsplit("/", 1)[-1]
+        self._fs, self._path = fsspec.core.url_to_fs(self.url)
+        self._lock = threading.Lock()
+        self._pending: dict[str, list[str]] = {"rounds.jsonl": [], "events.jsonl": []}
+
+    @property
+    def appends(self) -> bool:
+        """A local disk can append; on an object store flushing writes a whole file."""
+        return "file" in self._fs.protocol
+
+    @classmethod
+    def create(cls, job: JobSpec, run: str) -> "RunFolder":
+        """A new run's folder, with its job in it. Raises OutputUnwritable."""
+        folder = cls(join(job.output.url, run))
+        folder.write("job.yaml", yaml.safe_dump(job.to_dict(), sort_keys=False))
+        folder.event("created", job=job.name, digest=job.digest())
+        folder.flush()
+        return folder
+
+    @classmethod
+    def find(cls, run: str, runs: str) -> "RunFolder":
+        """A run by its folder, or by its id under `runs`. Raises RunNotFound."""
+        for url in (run, join(runs, run)):
+            fs, path = fsspec.core.url_to_fs(url)
+            if fs.exists(join(path, "job.yaml")):
+                return cls(url)
+        raise RunNotFound(run, runs)
+
+    def write(self, name: str, text: str) -> None:
+        write_bytes("the flow", join(self.url, name), text.encode())
+
+    def write_json(self, name: str, tree: Any) -> None:
+        self.write(name, json.dumps(tree, indent=1))
+
+    def read_json(self, name: str) -> Any:
+        """Raises NothingToResume when the run never came that far."""
+        try:
+            return json.loads(read_bytes(join(self.url, name)))
+        except FileNotFoundError as error:
+            raise NothingToResume(self.run, f"it ended before {name} was written") from error
+
+    def has(self, name: str) -> bool:
+        return bool(self._fs.exists(join(self._path, name)))
+
+    def job(self) -> JobSpec:
+        return parse_job(yaml.safe_load(read_bytes(join(self.url, "job.yaml"))), join(self.url, "job.yaml"))
+
+    def event(self, event: str, **facts: Any) -> None:
+        """One line of events.jsonl."""
+        self._append("events.jsonl", {"at": round(time.time(), 3), "event": event, **facts})
+
+    def round(self, record: Mapping[str, Any]) -> None:
+        """One line of rounds.jsonl."""
+        self._append("rounds.jsonl", record)
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        with self._lock:
+            self._pending[name].append(json.dumps(dict(record)))
+
+    def flush(self) -> None:
+        """Put what was appended into the files. Object stores cannot append: there the whole file is written again."""
+        with self._lock:
+            pending, self._pending = self._pending, {name: [] for name in self._pending}
+        for name, lines in pending.items():
+            if lines:
+                self._add_lines(join(self._path, name), "".join(f"{line}\n" for line in lines))
+
+    def _add_lines(self, path: str, text: str) -> None:
+        try:
+            if self.appends:
+                with self._fs.open(path, "a") as file:
+                    file.write(text)
+            else:
+                before = self._fs.cat_file(path).decode() if self._fs.exists(path) else ""
+                self._fs.pipe_file(path, (before + text).encode())
+        except (OSError, ValueError) as error:
+            raise OutputUnwritable("the flow", path, str(error)) from error
+
+    def lines(self, name: str) -> Iterator[dict[str, Any]]:
+        """The records of a .jsonl file; a last line cut off by a crash is left out."""
+        path = join(self._path, name)
+        if not self._fs.exists(path):
+            return
+        for line in self._fs.cat_file(path).decode().splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return
+
+
+def list_runs(runs: str) -> list[RunFolder]:
+    """All runs under a URL, the newest last."""
+    fs, path = fsspec.core.url_to_fs(runs)
+    return [RunFolder(str(fs.unstrip_protocol(name.rsplit("/", 1)[0])) if "://" in runs else name.rsplit("/", 1)[0]) for name in sorted(fs.glob(join(path, "*/job.yaml")))]

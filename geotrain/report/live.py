@@ -1,0 +1,83 @@
+"""The live table in a terminal, and the tables before and after a run."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from geotrain.plan.planner import Plan
+from geotrain.report.board import Board
+from geotrain.report.words import count, duration, money, size
+
+
+class LiveView:
+    """Rendered anew at every refresh."""
+
+    def __init__(self, board: Board) -> None:
+        self.board = board
+
+    def __rich__(self) -> RenderableType:
+        state = self.board.snapshot()
+        table = Table(expand=False)
+        table.add_column("region", style="bold")
+        table.add_column("status", min_width=22)
+        for title in ("samples/s", "loss", "rounds", "over the WAN", "waited"):
+            table.add_column(title, justify="right", min_width=9)
+        for row in state["regions"]:
+            planned = f"/{state['rounds']}" if state["rounds"] else ""
+            table.add_row(
+                row["region"],
+                row["status"],
+                count(row["samples_per_s"]) if row["samples_per_s"] else "-",
+                f"{row['loss']:.4f}" if row["loss"] is not None else "-",
+                f"{row['rounds']}{planned}",
+                size(row["wire_bytes"]),
+                duration(row["held_s"]),
+            )
+        metrics = "   ".join(f"{name} {value:.4f}" for name, value in state["metrics"].items())
+        return Group(Text(f"{duration(state['seconds'])}  {state['stage']}   {metrics}", style="cyan"), table)
+
+
+def plan_table(plan: Plan) -> RenderableType:
+    """The plan like a shopping list, with what was rejected."""
+    table = Table(title="plan", title_justify="left")
+    for title in ("", "region", "rows", "data", "workers", "samples/s", "s/round", "$/round", "load power", "why"):
+        table.add_column(title, justify="left" if title in ("", "region", "why", "workers") else "right")
+    for region in plan.regions:
+        table.add_row(
+            "*",
+            region.region + (" (owner)" if region.region == plan.owner and not plan.hidden else ""),
+            count(region.rows),
+            size(region.bytes),
+            ", ".join(f"{n} {kind}" for kind, n in region.allocation.items()),
+            count(region.samples_per_s),
+            f"{region.compute_s:.3f}",
+            money(region.usd_per_round),
+            f"{region.load_power:.4f}",
+            region.reason,
+        )
+    lines = [
+        f"{plan.rounds} rounds of {plan.round_s:.3f} s in {plan.segments} segments; an update is {size(plan.payload_bytes)}, "
+        f"its exchange takes {plan.exchange_s:.3f} s" + (" beside compute" if plan.hidden else " per round"),
+        f"predicted: {duration(plan.seconds)}, {money(plan.usd)}, {size(plan.wan_bytes)} over the WAN; "
+        f"a peer is given up after {duration(plan.give_up_s)} out of reach",
+    ]
+    for other in plan.alternatives:
+        lines.append(f"rejected: {other.what}: {duration(other.seconds)}, {money(other.usd)} ({other.why_not})")
+    return Group(table, *[Text(line) for line in lines])
+
+
+def summary_table(summary: Mapping[str, Any]) -> RenderableType:
+    """Predicted against measured."""
+    table = Table(title="predicted against measured", title_justify="left")
+    for title in ("", "predicted", "measured", "measured / predicted"):
+        table.add_column(title, justify="left" if not title else "right")
+    show = {"seconds": duration, "usd": money, "wan_bytes": size}
+    names = {"seconds": "training time", "usd": "cost", "wan_bytes": "over the WAN"}
+    for key, name in names.items():
+        predicted, measured = summary["predicted"][key], summary["measured"][key]
+        table.add_row(name, show[key](predicted), show[key](measured), f"{measured / predicted:.2f}" if predicted else "-")
+    metrics = "   ".join(f"{name} {value:.4f}" for name, value in summary["metrics"].items())
+    return Group(table, Text(f"held-out: {metrics}" if metrics else "no held-out data", style="bold"))

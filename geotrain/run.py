@@ -1,0 +1,377 @@
+"""Run: one execution of a job as the control plane holds it. Each method is a stage; flows call them in order, through tasks.
+
+Nothing here knows Prefect, and nothing here touches a tensor.
+"""
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any
+
+from geotrain import checkpoint, registry
+from geotrain.checkpoint import Manifest
+from geotrain.clusters import RegionCluster, open_cluster, quiet_dask
+from geotrain.data.inventory import Inventory, check_same_schema
+from geotrain.errors import Diverged, GeotrainError, ModelMismatch, NothingToResume, Stopped
+from geotrain.job import JobSpec, RegionSpec
+from geotrain.metrics import add_sums, means
+from geotrain.partition.orders import Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder
+from geotrain.partition.partition import Control, Partition
+from geotrain.plan.planner import Plan, make_plan
+from geotrain.plan.power import Offer
+from geotrain.report.board import Board
+from geotrain.report.folder import RunFolder, new_run_id
+from geotrain.report.summary import summarize
+from geotrain.sync.messages import View
+from geotrain.sync.strategy import Merging, strategy_of
+
+KEEP_CHECKPOINTS = 3
+FLUSH_S = 1.0
+
+
+class Run:
+    """A context manager: clusters begin to open when it is entered, and are closed whatever happens."""
+
+    def __init__(self, job: JobSpec, folder: RunFolder, resumed: Manifest | None = None) -> None:
+        self.job, self.folder, self.id = job, folder, folder.run
+        self.resumed = resumed
+        self.strategy = strategy_of(job.sync)
+        self.control = Control(self.id)
+        self.board = Board(tuple(region.name for region in job.regions))
+        self.warm_start: registry.Version | None = None
+        self.inventory: dict[str, tuple[Inventory, Inventory | None]] = {}
+        self.probed: dict[str, Probed] = {}
+        self.partitions: dict[str, Partition] = {}
+        self.plan: Plan | None = None
+        self.peers: dict[str, str] = {}
+        self.round = resumed.round if resumed else 0
+        self.totals: dict[str, dict[str, float]] = dict(resumed.totals) if resumed else {}
+        self.traffic: dict[str, dict[str, dict[str, Any]]] = {}
+        self.metrics: dict[str, float] = {}
+        self.training = False
+        """Between the first segment and the last: a request to stop waits for a checkpoint."""
+        self.published: tuple[registry.Version, str] | None = None
+        self._token = secrets.token_hex(16)
+        self._clusters: dict[str, Future[RegionCluster]] = {}
+        self._threads = ThreadPoolExecutor(max_workers=len(job.regions), thread_name_prefix="geotrain-open")
+        self._flushed_at = 0.0
+        self._lock = threading.Lock()
+        if resumed:
+            self.plan = Plan.from_dict(folder.read_json("plan.json"))
+            self.inventory = _inventories(folder.read_json("inventory.json"))
+
+    @classmethod
+    def start(cls, job: JobSpec) -> "Run":
+        """A new run. Raises OutputUnwritable before anything is started."""
+        return cls(job, RunFolder.create(job, new_run_id(job.name)))
+
+    @classmethod
+    def resume(cls, folder: RunFolder) -> "Run":
+        """Continue from the newest checkpoint. Raises NothingToResume, BadCheckpoint."""
+        if folder.has("summary.json"):
+            raise NothingToResume(folder.run, "it is complete")
+        manifest = checkpoint.latest(folder.url)
+        if manifest is None:
+            raise NothingToResume(folder.run, "it has no checkpoint yet")
+        folder.event("resumed", round=manifest.round, segment=manifest.segment)
+        return cls(folder.job(), folder, manifest)
+
+    def __enter__(self) -> "Run":
+        quiet_dask()
+        for region in self.job.regions:
+            self.board.status(region.name, "starting its cluster")
+            self._clusters[region.name] = self._threads.submit(self._open, region)
+        return self
+
+    def _open(self, region: RegionSpec) -> RegionCluster:
+        cluster = open_cluster(region)
+        self.partitions[region.name] = Partition(self.job, region.name, cluster, self.control, self._heard)
+        self.board.status(region.name, "cluster is up")
+        return cluster
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.control.abort.set()
+        if error is not None:
+            self._note_end(error)
+        closers = [threading.Thread(target=self._close, args=(name,)) for name in self._clusters]
+        for closer in closers:
+            closer.start()
+        for closer in closers:
+            closer.join()
+        self._threads.shutdown()
+        self.folder.flush()
+
+    def _note_end(self, error: BaseException) -> None:
+        stopped = isinstance(error, Stopped | KeyboardInterrupt) or not isinstance(error, Exception)
+        self.board.enter("stopped" if stopped else "failed")
+        message = error.message if isinstance(error, GeotrainError) else f"{type(error).__name__}: {error}"
+        self.folder.event("stopped" if stopped else "failed", message=message, round=self.round)
+
+    def _close(self, region: str) -> None:
+        try:
+            cluster = self._clusters[region].result()
+        except GeotrainError:
+            return
+        if region in self.partitions:
+            self.partitions[region].leave()
+        cluster.close()
+
+    def _heard(self, region: str, message: Mapping[str, Any]) -> None:
+        self.board.heard(region, message)
+        for record in message.get("rounds", ()):
+            self.folder.round(record)
+        if "event" in message:
+            event = dict(message["event"])
+            self.folder.event(event.pop("event"), region=region, **event)
+        if self.folder.appends and time.monotonic() - self._flushed_at > FLUSH_S:
+            self._flushed_at = time.monotonic()
+            self.folder.flush()
+
+    def partition(self, region: str) -> Partition:
+        """Waits for the region's cluster. Raises ClusterError."""
+        self._clusters[region].result()
+        return self.partitions[region]
+
+    # The stages, in the order in which a flow calls them.
+
+    def analyze(self, region: str) -> Inventory:
+        """What data a region has, and how fast one of its workers is. A resumed run keeps what it knew."""
+        self.board.enter("waiting for clusters, then data locality and a probe")
+        partition = self.partition(region)
+        if self.resumed:
+            partition.cluster.ship(self.job.code)
+            return self.inventory[region][0]
+        self.board.status(region, "reading footers")
+        train, held_out = partition.survey()
+        self.inventory[region] = (train, held_out)
+        self.board.status(region, "probing its speed")
+        self.probed[region] = partition.probe(train, self.folder.url)
+        self.board.status(region, "probed")
+        return train
+
+    def schedule(self) -> Plan:
+        """Check that the regions fit together, and decide. Raises SchemaMismatch."""
+        self.board.enter("planning")
+        names = [region.name for region in self.job.regions]
+        if self.plan is None:
+            for inventories in ([self.inventory[n][0] for n in names], [e for n in names if (e := self.inventory[n][1])]):
+                if inventories:
+                    check_same_schema(inventories)
+            offers = {region.name: self._offers(region) for region in self.job.regions}
+            payload = max(probed.payload_bytes for probed in self.probed.values())
+            self.plan = make_plan(self.job, {name: self.inventory[name][0] for name in names}, offers, payload)
+            self.folder.write_json("plan.json", self.plan.to_dict())
+            self.folder.write_json("inventory.json", {n: [i and i.to_dict() for i in self.inventory[n]] for n in names})
+        self.board.rounds = self.plan.rounds
+        return self.plan
+
+    def _offers(self, region: RegionSpec) -> list[Offer]:
+        measured = self.probed[region.name].samples_per_s
+        return [Offer(d.kind, d.count, d.usd_per_hour, d.samples_per_s or measured) for d in region.devices]
+
+    def provision(self, region: str) -> SeatTaken:
+        """Scale a region's cluster to the plan and seat its workers. Raises ClusterTooSmall, TaskError."""
+        assert self.plan is not None
+        self.board.enter("scaling clusters and building the model")
+        partition = self.partition(region)
+        workers = self.plan.region(region).workers
+        self.board.status(region, f"waiting for {workers} worker{'s' * (workers > 1)}")
+        partition.scale(workers)
+        self.board.status(region, "building the model")
+        taken = partition.take_seats(lambda rank, rendezvous: self._seat_order(region, rank, workers, rendezvous))
+        self.board.status(region, "ready")
+        return taken
+
+    def _seat_order(self, region: str, rank: int, world: int, rendezvous: str | None) -> SeatOrder:
+        assert self.plan is not None
+        names = tuple(sorted(spec.name for spec in self.job.regions))
+        epoch = self.resumed.epoch + 1 if self.resumed else 0
+        train, held_out = self.inventory[region]
+        return SeatOrder(
+            run=self.id,
+            job=self.job,
+            region=region,
+            rank=rank,
+            world=world,
+            rendezvous=rendezvous,
+            train=train,
+            eval=held_out,
+            view=View(epoch, names, self.plan.owner),
+            rounds_per_epoch=self.plan.rounds_per_epoch,
+            token=self._token,
+            give_up_s=self.plan.give_up_s,
+            warm_start=self.warm_start.url if self.warm_start else None,
+            restore=self.resumed.part(region) if self.resumed else None,
+        )
+
+    def introduce(self, seats: Sequence[SeatTaken]) -> None:
+        """All regions must begin with one model; then each leader learns the others' addresses. Raises ModelMismatch."""
+        first, *rest = seats
+        for other in rest:
+            for what, mine, theirs in (("shape", first.fingerprint, other.fingerprint), ("initial values", first.hashes, other.hashes)):
+                for name in sorted(mine.keys() | theirs.keys()):
+                    if mine.get(name) != theirs.get(name):
+                        detail = f"its {what} differ" if name in mine and name in theirs else "only one of the two has it"
+                        raise ModelMismatch(other.region, first.region, name, detail)
+        self.peers = {seat.region: seat.wan for seat in seats if seat.wan}
+
+    def segments_left(self) -> list[int]:
+        """Numbers of the segments still to train; they count from 1."""
+        assert self.plan is not None
+        return [s for s in range(1, self.plan.segments + 1) if self.plan.segment_end(s) > self.round]
+
+    @property
+    def segments(self) -> int:
+        return self.plan.segments if self.plan else 0
+
+    def train(self, region: str, segment: int) -> SegmentDone:
+        """A region's part of a segment. Raises TaskError, ClusterError, WanError, StateError."""
+        assert self.plan is not None
+        self.board.enter("training")
+        self.board.status(region, "running")
+        order = SegmentOrder(segment, self.plan.segment_end(segment), dict(self.peers), self.folder.url)
+        done = self.partitions[region].train(order)
+        self.board.status(region, f"segment {segment} done")
+        return done
+
+    def synchronize(self, segment: int, done: Sequence[SegmentDone]) -> bool:
+        """The barrier: agreed, checkpoint committed, metrics known. True when training is over. Raises Diverged."""
+        assert self.plan is not None
+        rounds = {part.round for part in done}
+        hashes = {part.region: part.sha256[:12] for part in done}
+        if len(rounds) != 1 or (isinstance(self.strategy, Merging) and len(set(hashes.values())) != 1):
+            raise Diverged(max(rounds), hashes)
+        self.round = rounds.pop()
+        for part in done:
+            self._add_up(part)
+        self.metrics = means(add_sums([part.metrics for part in sorted(done, key=lambda part: part.region)]))
+        self.board.metrics = self.metrics
+        manifest = Manifest(
+            run=self.id,
+            segment=segment,
+            round=self.round,
+            epoch=self.resumed.epoch + 1 if self.resumed else 0,
+            samples=int(sum(total["samples"] for total in self.totals.values())),
+            metrics=self.metrics,
+            totals=self.totals,
+            parts=tuple(part.part for part in done),
+        )
+        checkpoint.commit(self.folder.url, manifest)
+        checkpoint.prune(self.folder.url, KEEP_CHECKPOINTS)
+        self.folder.event("segment", segment=segment, round=self.round, metrics=self.metrics, hashes=hashes, samples=manifest.samples)
+        self.folder.flush()
+        goal = self.job.train.until
+        return self.round >= self.plan.rounds or bool(goal and goal.metric in self.metrics and goal.reached(self.metrics[goal.metric]))
+
+    def _add_up(self, part: SegmentDone) -> None:
+        sent_before = sum(link["wire_bytes"] for link in self.traffic.get(part.region, {}).values())
+        self.traffic[part.region] = part.traffic
+        sent = sum(link["wire_bytes"] for link in part.traffic.values()) - sent_before
+        before = self.totals.get(part.region, {})
+        new = {"samples": part.samples, "seconds": part.seconds, "held_s": part.held_s, "wire_bytes": sent}
+        self.totals[part.region] = {key: before.get(key, 0) + value for key, value in new.items()}
+
+    @property
+    def needs_final_merge(self) -> bool:
+        """A push strategy leaves every region with a replica of its own."""
+        return not isinstance(self.strategy, Merging)
+
+    def merge_fully(self, region: str) -> str:
+        self.board.enter("final merge")
+        return self.partitions[region].merge_fully()
+
+    def evaluate(self, region: str) -> dict[str, tuple[float, float]]:
+        """Held-out sums and counts, computed in the region."""
+        self.board.enter("evaluating on held-out data")
+        self.board.status(region, "evaluating")
+        sums = self.partitions[region].evaluate()
+        self.board.status(region, "evaluated")
+        return sums
+
+    def conclude(self, sums: Mapping[str, Mapping[str, tuple[float, float]]]) -> dict[str, float]:
+        """The metrics of the whole, from each region's sums."""
+        self.metrics = means(add_sums([sums[region] for region in sorted(sums)]))
+        self.board.metrics = self.metrics
+        self.folder.event("evaluated", round=self.round, metrics=self.metrics)
+        return self.metrics
+
+    def watermark(self) -> dict[str, str]:
+        """Region -> digest of the data found there."""
+        return {region: found[0].watermark() for region, found in sorted(self.inventory.items())}
+
+    def publish(self) -> tuple[registry.Version, str] | None:
+        """Write the model beside the run, and a version into the registry. Returns it with the verdict on the champion."""
+        assert self.plan is not None
+        self.board.enter("publishing")
+        leader = self.partitions[self.plan.owner]
+        leader.write_model(checkpoint.join(self.folder.url, "model.safetensors"))
+        spec = self.job.registry
+        if spec is None:
+            return None
+        number = registry.next_number(spec.url, spec.model)
+        version = registry.Version(
+            number=number,
+            url=registry.model_url(spec.url, spec.model, number),
+            run=self.id,
+            job=self.job.digest(),
+            metrics=self.metrics,
+            watermark=self.watermark(),
+            parent=self.warm_start.number if self.warm_start else None,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        leader.write_model(version.url)
+        registry.publish(spec.url, spec.model, version)
+        better, why = registry.beats(
+            self.metrics, registry.champion(spec.url, spec.model), spec.metric, higher_is_better=spec.higher_is_better
+        )
+        if better:
+            registry.promote(spec.url, spec.model, number)
+        verdict = f"{'champion' if better else 'rejected'}: {why}"
+        self.folder.event("published", version=number, verdict=verdict)
+        self.published = (version, verdict)
+        return self.published
+
+    def report(self) -> dict[str, Any]:
+        """summary.json, report.html and report.md. The run is complete then. Returns the summary."""
+        from geotrain.report import page  # matplotlib takes a second to import: only where it draws
+
+        assert self.plan is not None
+        self.board.enter("writing the report")
+        summary = summarize(self.job, self.plan, self.folder, self.board, self.totals, self.traffic)
+        if self.published:
+            summary |= {"version": self.published[0].number, "verdict": self.published[1]}
+        self.folder.event("completed", round=self.round, metrics=self.metrics)
+        self.folder.flush()
+        events = list(self.folder.lines("events.jsonl"))
+        held_out = [event for event in events if event["event"] in ("segment", "evaluated")]
+        chart = page.loss_chart(self.folder.lines("rounds.jsonl"), held_out)
+        self.folder.write("report.html", page.html(summary, self.plan, chart, events))
+        self.folder.write("report.md", page.markdown(summary, self.plan, chart))
+        self.folder.write_json("summary.json", summary)
+        self.board.enter("complete")
+        return summary
+
+    def has_new_data(self, since: registry.Version | None) -> bool:
+        return since is None or since.watermark != self.watermark()
+
+
+def _inventories(tree: Mapping[str, Any]) -> dict[str, tuple[Inventory, Inventory | None]]:
+    return {
+        region: (Inventory.from_dict(train), Inventory.from_dict(held_out) if held_out else None) for region, (train, held_out) in tree.items()
+    }
+
+
+_BEGUN: dict[str, Run] = {}
+
+
+def hand_over(run: Run) -> None:
+    """Leave a run whose clusters are opening already to the flow that this process is about to call."""
+    _BEGUN[run.id] = run
+
+
+def taken_over(run: str, begin: Callable[[], Run]) -> Run:
+    """The run that was left under this id, or else the one that `begin` makes, entered."""
+    return _BEGUN.pop(run, None) or begin().__enter__()
