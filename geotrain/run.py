@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 from typing import Any
 
@@ -54,6 +54,8 @@ class Run:
         self.training = False
         """Between the first segment and the last: a request to stop waits for a checkpoint."""
         self.published: tuple[registry.Version, str] | None = None
+        self.handed_over = False
+        """Begun by the command line, which also ends it."""
         self._token = secrets.token_hex(16)
         self._clusters: dict[str, Future[RegionCluster]] = {}
         self._threads = ThreadPoolExecutor(max_workers=len(job.regions), thread_name_prefix="geotrain-open")
@@ -79,12 +81,17 @@ class Run:
         folder.event("resumed", round=manifest.round, segment=manifest.segment)
         return cls(folder.job(), folder, manifest)
 
-    def __enter__(self) -> "Run":
-        quiet_dask()
-        for region in self.job.regions:
-            self.board.status(region.name, "starting its cluster")
-            self._clusters[region.name] = self._threads.submit(self._open, region)
+    def open(self) -> "Run":
+        """Begin to open the clusters, all at once, and return; who opens a run must enter and leave it."""
+        if not self._clusters:
+            quiet_dask()
+            for region in self.job.regions:
+                self.board.status(region.name, "starting its cluster")
+                self._clusters[region.name] = self._threads.submit(self._open, region)
         return self
+
+    def __enter__(self) -> "Run":
+        return self.open()
 
     def _open(self, region: RegionSpec) -> RegionCluster:
         cluster = open_cluster(region)
@@ -105,10 +112,30 @@ class Run:
         self.folder.flush()
 
     def _note_end(self, error: BaseException) -> None:
-        stopped = isinstance(error, Stopped | KeyboardInterrupt) or not isinstance(error, Exception)
-        self.board.enter("stopped" if stopped else "failed")
+        if isinstance(error, Stopped) or not isinstance(error, Exception):
+            self.stopped()
+            return
+        self.board.enter("failed")
         message = error.message if isinstance(error, GeotrainError) else f"{type(error).__name__}: {error}"
-        self.folder.event("stopped" if stopped else "failed", message=message, round=self.round)
+        self.folder.event("failed", message=message, round=self.round)
+
+    def stopped(self) -> None:
+        """Note an end on request."""
+        self.board.enter("stopped")
+        self.folder.event("stopped", round=self.round)
+
+    def in_every_region(self, stage: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call one of the stages below for all regions at once, in threads of this process: what flows do through tasks."""
+        names = [region.name for region in self.job.regions]
+        with ThreadPoolExecutor(max_workers=len(names)) as threads:
+            futures = [threads.submit(stage, name, *args) for name in names]
+            for future in as_completed(futures):
+                if future.exception() is not None:
+                    self.control.abort.set()
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
+            raise error
+        return [future.result() for future in futures]
 
     def _close(self, region: str) -> None:
         try:
@@ -368,10 +395,11 @@ _BEGUN: dict[str, Run] = {}
 
 
 def hand_over(run: Run) -> None:
-    """Leave a run whose clusters are opening already to the flow that this process is about to call."""
-    _BEGUN[run.id] = run
+    """Open a run's clusters and leave it to the flow that this process is about to call: the two start side by side."""
+    run.handed_over = True
+    _BEGUN[run.id] = run.open()
 
 
 def taken_over(run: str, begin: Callable[[], Run]) -> Run:
-    """The run that was left under this id, or else the one that `begin` makes, entered."""
-    return _BEGUN.pop(run, None) or begin().__enter__()
+    """The run that was left under this id, or else the one that `begin` makes. To be entered."""
+    return _BEGUN.pop(run, None) or begin()

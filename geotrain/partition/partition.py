@@ -41,7 +41,8 @@ class Partition:
         self.workers: list[str] = []
         """Addresses of the workers with a seat; the leader's first."""
         self._listener = listener
-        self._stop_told = False
+        self._segment: int | None = None
+        """The segment under way that may still be asked to stop."""
         self.client.subscribe_topic(topic(control.run, region), self._heard)
 
     @property
@@ -77,7 +78,7 @@ class Partition:
 
     def train(self, order: SegmentOrder) -> SegmentDone:
         """One segment. Raises TaskError, WorkerLost, WanError, OutputUnwritable, or Stopped when another region failed."""
-        self._stop_told = False
+        self._segment = order.number
         futures = [self._submit(worker, "train_segment", self.control.run, self.region, order) for worker in self.workers]
         done: SegmentDone = self._await(futures, f"segment {order.number}")[0]
         return done
@@ -133,9 +134,9 @@ class Partition:
         raise self._why(futures, workers or self.workers, doing)
 
     def _pass_on_stop(self) -> None:
-        if self.control.stop.is_set() and not self._stop_told and self.workers:
-            self._stop_told = True
-            self.client.run(on_worker, "ask_stop", self.control.run, self.region, workers=self.workers[:1])
+        if self.control.stop.is_set() and self._segment is not None:
+            segment, self._segment = self._segment, None
+            self.client.run(on_worker, "ask_stop", self.control.run, self.region, segment, workers=self.workers[:1])
 
     def _cancel(self, futures: Sequence[Future]) -> None:
         try:

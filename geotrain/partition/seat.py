@@ -42,7 +42,9 @@ class Seat:
         job, spec = order.job, order.job.region(order.region)
         self.order, self.job = order, job
         self.strategy = strategy_of(job.sync)
-        self.stop_asked = False
+        self.now_in = 0
+        self.stop_in = 0
+        """The segment that is under way, and the one that is to end early."""
         self.reporter = Reporter(order.run, order.region)
         self.trainer = make_trainer(job, order.region, order.train, order.rank, order.world, order.rendezvous, order.rounds_per_epoch)
         self.server: ParameterServer | None = None
@@ -76,7 +78,7 @@ class Seat:
             replica=replica_of(self.strategy, flat.vector, flat.parameters, codec_of(self.job.sync.codec), len(order.view.regions)),
             transport=self.transport,
             alive=dask_task_alive(order.run),
-            stop_wanted=lambda: self.stop_asked,
+            stop_wanted=lambda: self.stop_in == self.now_in,
             report=self.reporter.round,
             event=self.reporter.event,
         )
@@ -93,7 +95,7 @@ class Seat:
 
     def segment(self, order: SegmentOrder) -> SegmentDone | None:
         """Train one segment. The leader answers; the region's other workers return None."""
-        self.stop_asked = False
+        self.now_in = order.number
         self.peers.update(order.peers)
         began = time.monotonic()
         alive = dask_task_alive(self.order.run)
@@ -330,10 +332,10 @@ def write_model(run: str, region: str, url: str) -> int:
     return _SEATS[run, region].write_model(url)
 
 
-def ask_stop(run: str, region: str) -> None:
+def ask_stop(run: str, region: str, segment: int) -> None:
     """Runs beside the segment: ask the leader to end it at the next round that all can agree on."""
     if (run, region) in _SEATS:
-        _SEATS[run, region].stop_asked = True
+        _SEATS[run, region].stop_in = segment
 
 
 def leave(run: str, region: str) -> None:

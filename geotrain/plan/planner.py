@@ -188,10 +188,10 @@ def _draft(
 
 def _reason(name: str, straggler: str, chosen: Allocation, offers: Sequence[Offer]) -> str:
     if name == straggler:
-        return "the straggler: sets the pace"
+        return "straggler: sets the pace"
     if chosen == everything(offers):
-        return "all of it, to keep up"
-    return "the cheapest that keeps up with the straggler"
+        return "all, to keep up"
+    return "cheapest that keeps up"
 
 
 def _rejected(job: JobSpec, draft: _Draft, other: _Draft) -> tuple[Alternative, ...]:

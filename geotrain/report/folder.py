@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -32,7 +33,7 @@ class RunFolder:
     """Reads and writes one run's folder. Thread-safe."""
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+        self.url = url.rstrip("/") if "://" in url else str(Path(url).resolve())
         self.run = self.url.rsplit("/", 1)[-1]
         self._fs, self._path = fsspec.core.url_to_fs(self.url)
         self._lock = threading.Lock()
@@ -60,6 +61,11 @@ class RunFolder:
             if fs.exists(join(path, "job.yaml")):
                 return cls(url)
         raise RunNotFound(run, runs)
+
+    def remove(self) -> None:
+        """Remove the folder and all in it."""
+        self.flush()
+        self._fs.rm(self._path, recursive=True)
 
     def write(self, name: str, text: str) -> None:
         write_bytes("the flow", join(self.url, name), text.encode())

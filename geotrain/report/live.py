@@ -41,26 +41,24 @@ class LiveView:
 
 
 def plan_table(plan: Plan) -> RenderableType:
-    """The plan like a shopping list, with what was rejected."""
+    """The plan like a shopping list, with what was rejected and why."""
     table = Table(title="plan", title_justify="left")
-    for title in ("", "region", "rows", "data", "workers", "samples/s", "s/round", "$/round", "load power", "why"):
-        table.add_column(title, justify="left" if title in ("", "region", "why", "workers") else "right")
+    for title in ("region", "rows", "data", "workers", "samples/s", "s/round", "$/round", "why"):
+        table.add_column(title, justify="left" if title in ("region", "why", "workers") else "right", overflow="fold")
     for region in plan.regions:
         table.add_row(
-            "*",
-            region.region + (" (owner)" if region.region == plan.owner and not plan.hidden else ""),
+            region.region,
             count(region.rows),
             size(region.bytes),
             ", ".join(f"{n} {kind}" for kind, n in region.allocation.items()),
             count(region.samples_per_s),
             f"{region.compute_s:.3f}",
-            money(region.usd_per_round),
-            f"{region.load_power:.4f}",
+            money(region.usd_per_round).lstrip("$"),
             region.reason,
         )
     lines = [
         f"{plan.rounds} rounds of {plan.round_s:.3f} s in {plan.segments} segments; an update is {size(plan.payload_bytes)}, "
-        f"its exchange takes {plan.exchange_s:.3f} s" + (" beside compute" if plan.hidden else " per round"),
+        f"its exchange takes {plan.exchange_s:.3f} s" + (" beside compute" if plan.hidden else f" per round, {plan.owner} merges"),
         f"predicted: {duration(plan.seconds)}, {money(plan.usd)}, {size(plan.wan_bytes)} over the WAN; "
         f"a peer is given up after {duration(plan.give_up_s)} out of reach",
     ]

@@ -1,0 +1,61 @@
+"""What all flows need: one task per region at a time, and an orderly end."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from prefect import Task
+
+from geotrain.errors import Stopped
+from geotrain.run import Run
+
+WAIT_S = 0.25
+
+
+def each_region(run: Run, task: Task[..., Any], *args: Any) -> list[Any]:
+    """Submit a task for every region and wait for all, in the order of the job.
+
+    When one fails the others are told to end, and the failure that began it is raised.
+    """
+    futures = [task.submit(run, region.name, *args) for region in run.job.regions]
+    waiting = list(futures)
+    while waiting:
+        waiting[0].wait(timeout=WAIT_S)
+        if any(future.state.is_final() and not future.state.is_completed() for future in waiting):
+            run.control.abort.set()
+        waiting = [future for future in waiting if not future.state.is_final()]
+    results = [future.result(raise_on_failure=False) for future in futures]
+    errors = [result for result in results if isinstance(result, BaseException)]
+    for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
+        raise error
+    return results
+
+
+@contextmanager
+def stops_in_order(run: Run) -> Iterator[None]:
+    """The first SIGINT or SIGTERM lets training drain and checkpoint; a second one, or one at any other time, ends at once.
+
+    After the drain a SIGTERM is passed on to Prefect, unless the command line began the run: so a run cancelled in the UI ends
+    as Cancelled, by Prefect's own hand.
+    """
+    came: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if run.training and len(came) == 1:
+            run.board.enter("stopping: draining the round and writing a checkpoint")
+            run.control.stop.set()
+            return
+        run.control.abort.set()
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if signal.SIGTERM in came and not run.handed_over:
+            signal.raise_signal(signal.SIGTERM)

@@ -1,0 +1,79 @@
+"""geotrain-train: one model from the data of all regions."""
+
+from typing import Any
+
+from prefect import flow
+from prefect.states import Cancelled, State
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.conduct import each_region, stops_in_order
+from geotrain.errors import Stopped
+from geotrain.job import load_job
+from geotrain.report.folder import RunFolder
+from geotrain.run import Run, taken_over
+from tasks import analyze_locality, evaluate, merge_fully, provision, publish, report, schedule, synchronize, train_partition
+
+MOST_REGIONS = 64
+
+
+@flow(name="geotrain-train", flow_run_name="{job}", task_runner=ThreadPoolTaskRunner(max_workers=MOST_REGIONS))
+def geotrain_train(job: str, overrides: dict[str, Any] | None = None, run: str = "") -> Any:
+    """Train one model on data that lives in several regions, without moving the data.
+
+    Args:
+        job: Path of the job file.
+        overrides: Dotted keys laid over the job, as {"sync.every": 16}.
+        run: Id of a run that the calling process has begun already; leave it empty.
+    """
+    with taken_over(run, lambda: Run.start(load_job(job, overrides))) as this, stops_in_order(this):
+        locate_and_plan(this)
+        try:
+            return train_and_publish(this)
+        except Stopped as stopped:
+            return ended(this, stopped)
+
+
+@flow(name="geotrain-resume", flow_run_name="{run}", task_runner=ThreadPoolTaskRunner(max_workers=MOST_REGIONS))
+def geotrain_resume(run: str) -> Any:
+    """Continue a run from its newest checkpoint.
+
+    Args:
+        run: The run folder.
+    """
+    begun = run.rsplit("/", 1)[-1]
+    with taken_over(begun, lambda: Run.resume(RunFolder(run))) as this, stops_in_order(this):
+        locate_and_plan(this)
+        try:
+            return train_and_publish(this)
+        except Stopped as stopped:
+            return ended(this, stopped)
+
+
+def locate_and_plan(run: Run) -> None:
+    """Look at the data where it is, then decide who does how much."""
+    each_region(run, analyze_locality)
+    schedule(run)
+
+
+def train_and_publish(run: Run) -> dict[str, Any]:
+    """Provision, train segment by segment, evaluate, publish, report. Returns the summary."""
+    run.introduce(each_region(run, provision))
+    run.training = True
+    for segment in run.segments_left():
+        if synchronize(run, segment, each_region(run, train_partition, segment)):
+            break
+        if run.control.stop.is_set():
+            raise Stopped(run.id)
+    run.training = False
+    if run.needs_final_merge:
+        each_region(run, merge_fully)
+    sums = each_region(run, evaluate)
+    run.conclude({region.name: part for region, part in zip(run.job.regions, sums, strict=True)})
+    publish(run)
+    return report(run)
+
+
+def ended(run: Run, stopped: Stopped) -> State[Any]:
+    """A stopped run is Cancelled, and says how to go on."""
+    run.stopped()
+    return Cancelled(message=str(stopped))

@@ -1,0 +1,57 @@
+"""How the command line answers: tables for people, one JSON envelope for programs, an exit code for both."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Any
+
+from rich.console import Console
+
+from geotrain.errors import GeotrainError, Stopped
+
+SCHEMA_VERSION = 1
+INTERRUPTED = 130
+
+people = Console(stderr=True, highlight=False)
+"""Progress and errors go to stderr, so that stdout holds answers alone."""
+answers = Console(highlight=False)
+
+
+class Format(StrEnum):
+    text = "text"
+    json = "json"
+
+
+def envelope(status: str, exit_code: int, **content: Any) -> None:
+    """Print {schema_version, status, exit_code, data | error}."""
+    sys.stdout.write(json.dumps({"schema_version": SCHEMA_VERSION, "status": status, "exit_code": exit_code, **content}) + "\n")
+
+
+@contextmanager
+def answering(shape: Format) -> Iterator[None]:
+    """Turn geotrain's errors into a message with a remedy, or an envelope, and its exit code."""
+    try:
+        yield
+    except GeotrainError as error:
+        status = "stopped" if isinstance(error, Stopped) else "error"
+        if shape is Format.json:
+            content = {"type": type(error).__name__, "message": error.message, "remedy": error.advice, **_plain(error.named)}
+            envelope(status, error.exit_code, error=content)
+        else:
+            people.print(f"[bold {'yellow' if status == 'stopped' else 'red'}]{status}[/]", end=" ")
+            people.print(error.message, markup=False)
+            if error.advice:
+                people.print(f"  -> {error.advice}", markup=False, style="cyan")
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        if shape is Format.json:
+            envelope("stopped", INTERRUPTED, error={"type": "Interrupted", "message": "interrupted before there was anything to keep"})
+        else:
+            people.print("[bold yellow]interrupted[/] before there was anything to keep")
+        raise SystemExit(INTERRUPTED) from None
+
+
+def _plain(named: dict[str, object]) -> dict[str, Any]:
+    return {"about": {key: value if isinstance(value, str | int | float) else str(value) for key, value in named.items()}}

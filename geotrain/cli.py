@@ -1,0 +1,317 @@
+"""geotrain's command line, and its composition root: here the flows, the library and the terminal meet."""
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.live import Live
+
+from geotrain import __version__
+from geotrain.answers import Format, answering, answers, envelope, people
+from geotrain.errors import GeotrainError, JobError
+from geotrain.examples import ExampleName, make_example, region_names
+from geotrain.job import load_job
+from geotrain.report.folder import RunFolder, list_runs
+from geotrain.report.words import count, duration, size
+
+EXIT_CODES = """
+Exit codes: 0 done; 2 the job or the command line is wrong; 3 your task; 4 data; 5 a cluster; 6 between regions;
+7 run folder, checkpoint or registry; 75 stopped on request, `geotrain resume` continues; 130 interrupted before there was
+anything to keep.
+"""
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Train one PyTorch model on data that lives in several regions, without moving the data.\n\n"
+    "A first look: [bold]geotrain data digits --regions 3 --skew 0.5[/], then [bold]geotrain run deployments/jobs/digits-3-regions.yaml[/].",
+    epilog=EXIT_CODES.replace("\n", " "),
+)
+
+JobFile = Annotated[str, typer.Argument(metavar="JOB", help="The job file (YAML).")]
+RunId = Annotated[str, typer.Argument(metavar="RUN", help="A run's id, or the path or URL of its folder.")]
+Runs = Annotated[str, typer.Option("--runs", help="Where run folders lie.")]
+Shape = Annotated[Format, typer.Option("--format", help="text for people; json prints one envelope on stdout.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Lay a value over the job: --set sync.every=16 --set train.epochs=5.")
+]
+
+
+def main() -> None:
+    """The `geotrain` command."""
+    prefect_defaults()
+    app()
+
+
+def prefect_defaults() -> None:
+    """What Prefect is to do in a process that geotrain started; whatever the user has set stands."""
+    defaults = {
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+        "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def parse_overrides(pairs: list[str] | None) -> dict[str, Any]:
+    """KEY=VALUE, the value as YAML. Raises JobError."""
+    parsed = {}
+    for pair in pairs or []:
+        key, sign, value = pair.partition("=")
+        if not sign:
+            raise JobError(f"--set {pair}: write KEY=VALUE")
+        parsed[key] = yaml.safe_load(value)
+    return parsed
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        answers.print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def validate(
+    job: JobFile,
+    probe: Annotated[bool, typer.Option("--probe", help="Also take a batch in every region, on its own workers.")] = False,
+    set_: Overrides = None,
+    shape: Shape = Format.text,
+) -> None:
+    """Check a job file; with --probe, check it where it will run.
+
+    Without --probe: every key, and that the task can be imported here. With it: clusters, data, columns, schemas, a training
+    step, and that every region can write the output.
+    """
+    with answering(shape):
+        spec = load_job(job, parse_overrides(set_))
+        from geotrain.clusters.code import pack
+        from geotrain.task import load_task
+
+        pack(spec.code)
+        sys.path[:0] = [str(path.parent if path.is_file() else path) for path in map(Path, spec.code)]
+        load_task("here", spec.task, spec.task_args)
+        if probe:
+            _planned(spec)
+        data = {"job": spec.name, "regions": [region.name for region in spec.regions], "probed": probe, "digest": spec.digest()}
+        if shape is Format.json:
+            envelope("ok", 0, data=data)
+        else:
+            answers.print(f"{job} is a valid job: {spec.name}, {len(spec.regions)} regions, {spec.sync.strategy}")
+            people.print(f"next: geotrain plan {job}" if not probe else f"next: geotrain run {job}", style="cyan")
+
+
+@app.command()
+def plan(job: JobFile, set_: Overrides = None, shape: Shape = Format.text) -> None:
+    """Look at every region's data and speed, and print who would do how much, how long, and for what money. Trains nothing."""
+    with answering(shape):
+        decided = _planned(load_job(job, parse_overrides(set_)))
+        if shape is Format.json:
+            envelope("ok", 0, data=decided.to_dict())
+            return
+        from geotrain.report.live import plan_table
+
+        answers.print(plan_table(decided))
+        people.print(f"next: geotrain run {job}", style="cyan")
+
+
+def _planned(spec: Any) -> Any:
+    """Locality and plan, without Prefect and without a run to keep."""
+    from geotrain.run import Run
+
+    this = Run.start(spec)
+    with watching(this):
+        try:
+            with this:
+                this.in_every_region(this.analyze)
+                return this.schedule()
+        finally:
+            this.folder.remove()
+
+
+@app.command()
+def run(job: JobFile, set_: Overrides = None, shape: Shape = Format.text) -> None:
+    """Train. Ctrl-C once drains, writes a checkpoint and exits with 75; twice ends at once."""
+    with answering(shape):
+        overrides = parse_overrides(set_)
+        spec = load_job(job, overrides)
+        from geotrain.run import Run
+
+        this = Run.start(spec)
+        _conduct(this, shape, lambda: _flow("flows.train", "geotrain_train")(job, overrides, this.id, return_state=True))
+
+
+@app.command()
+def resume(run: RunId, runs: Runs = "runs", shape: Shape = Format.text) -> None:
+    """Continue a stopped or killed run from its newest checkpoint."""
+    with answering(shape):
+        from geotrain.run import Run
+
+        this = Run.resume(RunFolder.find(run, runs))
+        _conduct(this, shape, lambda: _flow("flows.train", "geotrain_resume")(this.folder.url, return_state=True))
+
+
+def _flow(module: str, name: str) -> Any:
+    import importlib
+
+    return getattr(importlib.import_module(module), name)
+
+
+def _conduct(this: Any, shape: Format, flow: Callable[[], Any]) -> None:
+    """Show a run's way through its flow; answer with its summary."""
+    from geotrain.errors import Stopped
+    from geotrain.run import hand_over
+
+    people.print(f"run [bold]{this.id}[/]  {this.folder.url}")
+    this.board.enter("starting Prefect and the regions' clusters (the very first time Prefect makes its database)")
+    with watching(this):
+        hand_over(this)
+        with this:  # whatever happens before the flow takes it over
+            state = flow()
+    if state.is_cancelled():
+        raise Stopped(this.id)
+    if not state.is_completed():
+        error = state.result(raise_on_failure=False)
+        raise error if isinstance(error, BaseException) else GeotrainError(state.message)
+    summary = this.folder.read_json("summary.json")
+    if shape is Format.json:
+        envelope("ok", 0, data=summary)
+        return
+    from geotrain.report.live import plan_table, summary_table
+
+    answers.print(plan_table(this.plan), summary_table(summary))
+    if "version" in summary:
+        answers.print(f"published as version {summary['version']}: {summary['verdict']}")
+    answers.print(f"run folder {this.folder.url}")
+    people.print(f"next: open {this.folder.url}/report.html, or `geotrain report {this.id}`", style="cyan")
+
+
+@contextmanager
+def watching(this: Any) -> Iterator[None]:
+    """The live table in a terminal; elsewhere a line whenever the stage changes, and every ten seconds."""
+    if people.is_terminal:
+        from geotrain.report.live import LiveView
+
+        with Live(LiveView(this.board), console=people, refresh_per_second=4):
+            yield
+        return
+    over = threading.Event()
+    teller = threading.Thread(target=_tell, args=(this.board, over), daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        teller.join()
+
+
+def _tell(board: Any, over: threading.Event) -> None:
+    told, told_at = "", -10.0
+    while True:
+        state = board.snapshot()
+        if state["stage"] != told or state["seconds"] - told_at >= 10:
+            told, told_at = state["stage"], state["seconds"]
+            rounds = " ".join(f"{row['region']}:{row['rounds']}" for row in state["regions"] if row["rounds"])
+            metrics = " ".join(f"{name} {value:.4f}" for name, value in state["metrics"].items())
+            people.print(f"{state['seconds']:7.1f} s  {told}  {rounds}  {metrics}".rstrip(), markup=False, soft_wrap=True)
+        if over.wait(0.2):
+            return
+
+
+@app.command()
+def status(
+    run: Annotated[str | None, typer.Argument(metavar="RUN", help="A run; without it, all runs are listed.")] = None,
+    runs: Runs = "runs",
+    shape: Shape = Format.text,
+) -> None:
+    """What a run is doing, or what became of it."""
+    from geotrain.report.state import state_of
+
+    with answering(shape):
+        folders = [RunFolder.find(run, runs)] if run else list_runs(runs)
+        states = [state_of(folder) for folder in folders]
+        if shape is Format.json:
+            envelope("ok", 0, data=states[0] if run else states)
+            return
+        if not states:
+            answers.print(f"no runs under {runs}")
+        for state in states:
+            metrics = "  ".join(f"{name} {value:.4f}" for name, value in state["metrics"].items())
+            answers.print(f"[bold]{state['run']}[/]  {state['status']}  round {state['round']}/{state['rounds'] or '?'}  {metrics}")
+            if run:
+                answers.print(f"  last sign {duration(state['silent_s'])} ago; checkpoint: {state['checkpoint'] or 'none'}")
+                for region in state["regions"]:
+                    answers.print(f"  {region['region']}: {count(region['samples'])} samples, loss {region['loss']}")
+                if state["message"]:
+                    answers.print(f"  {state['message']}", markup=False)
+                if state["resumable"]:
+                    people.print(f"next: geotrain resume {state['run']}", style="cyan")
+
+
+@app.command()
+def report(run: RunId, runs: Runs = "runs", shape: Shape = Format.text) -> None:
+    """Predicted against measured, and where the page is."""
+    with answering(shape):
+        folder = RunFolder.find(run, runs)
+        summary = folder.read_json("summary.json")
+        if shape is Format.json:
+            envelope("ok", 0, data=summary)
+            return
+        from geotrain.report.live import summary_table
+
+        answers.print(summary_table(summary))
+        for link in summary["links"]:
+            answers.print(f"{link['source']} > {link['target']}: {link['updates']} updates, {size(link['wire_bytes'])}, {link['retries']} retries")
+        answers.print(f"page: {folder.url}/report.html")
+
+
+@app.command()
+def data(
+    example: Annotated[ExampleName, typer.Argument(help="Which example's data to make.")],
+    regions: Annotated[str, typer.Option(help="How many regions, or their names: tokyo,paris.")] = "3",
+    skew: Annotated[float, typer.Option(min=0, max=1, help="0: alike everywhere. 1: each class, or package, in one region only.")] = 0.5,
+    rows: Annotated[int | None, typer.Option(min=1, help="How many rows in all.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to.  [default: data/EXAMPLE]")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed makes the same data.")] = 0,
+    shape: Shape = Format.text,
+) -> None:
+    """Make the data of an example: one folder per region, as Parquet, differently distributed."""
+    with answering(shape):
+        names = region_names(int(regions)) if regions.isdigit() else tuple(regions.split(","))
+        folder = out or Path("data") / example
+        written = make_example(example, folder, names, skew=skew, rows=rows, seed=seed)
+        if shape is Format.json:
+            envelope("ok", 0, data={"folder": str(folder), "rows": written})
+            return
+        for region, number in written.items():
+            answers.print(f"{folder / region}: {count(number)} rows to train on, a quarter as many held out")
+
+
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(help="A new folder.")], shape: Shape = Format.text) -> None:
+    """Begin your own: a task in Python, a job in YAML, a little made-up data. It runs as it is."""
+    from geotrain.starter import init as write
+
+    with answering(shape):
+        files = write(folder)
+        if shape is Format.json:
+            envelope("ok", 0, data={"files": [str(file) for file in files]})
+            return
+        for file in files:
+            answers.print(str(file))
+        people.print(f"next: geotrain run {folder / 'job.yaml'}", style="cyan")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""What a run folder says about its run: for `geotrain status`, whether or not the run is alive."""
+
+import time
+from typing import Any
+
+from geotrain import checkpoint
+from geotrain.report.folder import RunFolder
+
+ENDS = {"completed": "completed", "failed": "failed", "stopped": "stopped", "nothing_new": "completed"}
+SILENT_S = 30.0
+"""A run that said nothing for so long is called silent: it was killed, or waits for something."""
+
+
+def state_of(folder: RunFolder, now: float | None = None) -> dict[str, Any]:
+    """Status, round, metrics, last sign of life, and what can be done."""
+    events = list(folder.lines("events.jsonl"))
+    regions: dict[str, dict[str, Any]] = {}
+    last_sign = events[-1]["at"] if events else 0.0
+    for record in folder.lines("rounds.jsonl"):
+        row = regions.setdefault(record["region"], {"region": record["region"], "rounds": 0, "samples": 0, "loss": None})
+        row["rounds"] = record["round"] + 1
+        row["samples"] += record["samples"]
+        row["loss"] = record["loss"] if record["loss"] is not None else row["loss"]
+        last_sign = max(last_sign, record["at"])
+    silent_s = (now if now is not None else time.time()) - last_sign
+    last = events[-1] if events else {"event": "created"}
+    manifest = checkpoint.latest(folder.url)
+    status = ENDS.get(last["event"]) or ("silent" if silent_s > SILENT_S else "running" if regions else "starting")
+    metrics = next((event["metrics"] for event in reversed(events) if "metrics" in event), {})
+    return {
+        "run": folder.run,
+        "folder": folder.url,
+        "status": status,
+        "round": min((row["rounds"] for row in regions.values()), default=0),
+        "rounds": folder.read_json("plan.json")["rounds"] if folder.has("plan.json") else None,
+        "metrics": metrics,
+        "silent_s": round(silent_s, 1),
+        "message": last.get("message", ""),
+        "checkpoint": f"before round {manifest.round}" if manifest else None,
+        "resumable": manifest is not None and status in ("failed", "stopped", "silent"),
+        "regions": [regions[name] for name in sorted(regions)],
+    }
