@@ -12,7 +12,7 @@ import typer
 import yaml
 from rich.live import Live
 
-from geotrain import __version__
+from geotrain import __version__, guard
 from geotrain.answers import Format, answering, answers, envelope, people
 from geotrain.errors import GeotrainError, JobError
 from geotrain.examples import ExampleName, make_example, region_names
@@ -175,10 +175,13 @@ def _conduct(this: Any, shape: Format, flow: Callable[[], Any]) -> None:
 
     people.print(f"run [bold]{this.id}[/]  {this.folder.url}")
     this.board.enter("starting Prefect and the regions' clusters (the very first time Prefect makes its database)")
-    with watching(this):
-        hand_over(this)
-        with this:  # whatever happens before the flow takes it over
+    guard.start()
+    try:
+        with watching(this), this:  # entered here too, for what may happen before the flow takes it over
+            hand_over(this)
             state = flow()
+    finally:
+        guard.stop()
     if state.is_cancelled():
         raise Stopped(this.id)
     if not state.is_completed():

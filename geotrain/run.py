@@ -294,11 +294,18 @@ class Run:
         return self.round >= self.plan.rounds or bool(goal and goal.metric in self.metrics and goal.reached(self.metrics[goal.metric]))
 
     def _add_up(self, part: SegmentDone) -> None:
-        sent_before = sum(link["wire_bytes"] for link in self.traffic.get(part.region, {}).values())
+        earlier = self.traffic.get(part.region, {})
+        sent = {to: link["wire_bytes"] - earlier.get(to, {}).get("wire_bytes", 0) for to, link in part.traffic.items()}
+        egress_usd = sum(size / 1e9 * self.job.link(part.region, to).usd_per_gb for to, size in sent.items())
         self.traffic[part.region] = part.traffic
-        sent = sum(link["wire_bytes"] for link in part.traffic.values()) - sent_before
         before = self.totals.get(part.region, {})
-        new = {"samples": part.samples, "seconds": part.seconds, "held_s": part.held_s, "wire_bytes": sent}
+        new = {
+            "samples": part.samples,
+            "seconds": part.seconds,
+            "held_s": part.held_s,
+            "wire_bytes": sum(sent.values()),
+            "egress_usd": egress_usd,
+        }
         self.totals[part.region] = {key: before.get(key, 0) + value for key, value in new.items()}
 
     @property
@@ -308,7 +315,7 @@ class Run:
 
     def merge_fully(self, region: str) -> str:
         self.board.enter("final merge")
-        return self.partitions[region].merge_fully()
+        return self.partitions[region].merge_fully(dict(self.peers))
 
     def evaluate(self, region: str) -> dict[str, tuple[float, float]]:
         """Held-out sums and counts, computed in the region."""

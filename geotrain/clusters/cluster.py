@@ -118,11 +118,11 @@ def quiet_dask() -> None:
     """Settings that a training process wants from Dask. Call it before the first cluster is opened."""
     dask.config.set(
         {
-            "distributed.logging.distributed": "error",
+            "distributed.logging.distributed": "critical",
             "distributed.scheduler.allowed-failures": 0,
             "distributed.comm.timeouts.connect": f"{CONNECT_S:.0f}s",
         }
     )
-    os.environ.setdefault("DASK_DISTRIBUTED__LOGGING__DISTRIBUTED", "error")
+    os.environ.setdefault("DASK_DISTRIBUTED__LOGGING__DISTRIBUTED", "critical")
     for name in ("distributed", "distributed.scheduler", "distributed.worker", "distributed.nanny", "distributed.core"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -21,7 +21,7 @@ class RegionLocalCluster(distributed.LocalCluster):
             memory_limit=0,
             dashboard_address="127.0.0.1:0",
             host="127.0.0.1",
-            silence_logs=logging.ERROR,
+            silence_logs=logging.CRITICAL,
         )
 
     def new_worker_spec(self) -> dict[Any, Any]:

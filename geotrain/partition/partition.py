@@ -88,9 +88,9 @@ class Partition:
         sums: dict[str, tuple[float, float]] = self._ask_leader("the evaluation", "evaluate_seat")
         return sums
 
-    def merge_fully(self) -> str:
+    def merge_fully(self, peers: dict[str, str]) -> str:
         """This region's side of the merge that ends a push run; returns the hash of what it then holds."""
-        digest: str = self._ask_leader("the final merge", "merge_fully")
+        digest: str = self._ask_leader("the final merge", "merge_fully", peers)
         return digest
 
     def write_model(self, url: str) -> int:

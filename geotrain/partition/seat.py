@@ -137,9 +137,10 @@ class Seat:
         """Held-out sums and counts of this region; none where it has no such rows."""
         return evaluate(self.trainer, self.order.eval, self.job.train.batch_size) if self.order.eval else {}
 
-    def merge_fully(self) -> str:
+    def merge_fully(self, peers: dict[str, str]) -> str:
         """One full merge, weighted by rows, so that a push strategy ends with one model; returns its hash."""
         assert self.server is not None
+        self.peers.update(peers)
         round = self.server.machine.at.round
         flat = self.trainer.flat
         replica = replica_of(FINAL_MERGE, flat.vector, flat.parameters, codec_of("fp32"), len(self.order.view.regions))
@@ -324,8 +325,8 @@ def evaluate_seat(run: str, region: str) -> dict[str, tuple[float, float]]:
     return _SEATS[run, region].evaluate()
 
 
-def merge_fully(run: str, region: str) -> str:
-    return _SEATS[run, region].merge_fully()
+def merge_fully(run: str, region: str, peers: dict[str, str]) -> str:
+    return _SEATS[run, region].merge_fully(peers)
 
 
 def write_model(run: str, region: str, url: str) -> int:

@@ -9,7 +9,7 @@ from geotrain.report.board import Board
 from geotrain.report.folder import RunFolder
 
 Totals = Mapping[str, Mapping[str, float]]
-"""Region -> samples, seconds, held_s, wire_bytes."""
+"""Region -> samples, seconds, held_s, wire_bytes, egress_usd."""
 Traffic = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Region -> target -> link counters."""
 
@@ -17,10 +17,8 @@ Traffic = Mapping[str, Mapping[str, Mapping[str, Any]]]
 def summarize(job: JobSpec, plan: Plan, folder: RunFolder, board: Board, totals: Totals, traffic: Traffic) -> dict[str, Any]:
     """The summary of a complete run. Seconds and dollars are of the training part; bytes include headers."""
     seconds = max(total["seconds"] for total in totals.values())
-    egress = sum(
-        link["wire_bytes"] / 1e9 * job.link(source, target).usd_per_gb for source, links in traffic.items() for target, link in links.items()
-    )
-    hourly = sum(region.usd_per_round for region in plan.regions) / plan.round_s if plan.round_s else 0.0
+    egress = sum(total["egress_usd"] for total in totals.values())
+    usd_per_s = sum(region.usd_per_round for region in plan.regions) / plan.round_s if plan.round_s else 0.0
     return {
         "run": folder.run,
         "folder": folder.url,
@@ -33,7 +31,7 @@ def summarize(job: JobSpec, plan: Plan, folder: RunFolder, board: Board, totals:
         "predicted": {"seconds": plan.seconds, "usd": plan.usd, "wan_bytes": plan.wan_bytes},
         "measured": {
             "seconds": seconds,
-            "usd": hourly * seconds + egress,
+            "usd": usd_per_s * seconds + egress,
             "wan_bytes": int(sum(total["wire_bytes"] for total in totals.values())),
         },
         "regions": [{"region": region, **total} for region, total in sorted(totals.items())],
