@@ -65,7 +65,8 @@ def write_bytes(who: str, url: str, content: bytes) -> None:
     try:
         fs, path = fsspec.core.url_to_fs(url)
         local = "file" in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)
-        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        if local:  # elsewhere folders are no things, and a bucket that is not there must not be made by accident
+            fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
         with fs.open(f"{path}.tmp" if local else path, "wb") as file:
             file.write(content)
         if local:

@@ -15,7 +15,7 @@ class RegionLocalCluster(distributed.LocalCluster):
         self._gpus = _gpus(spec)
         super().__init__(
             name=f"geotrain-{spec.name}",
-            n_workers=1,
+            n_workers=0,
             threads_per_worker=1,
             processes=True,
             memory_limit=0,
@@ -23,6 +23,7 @@ class RegionLocalCluster(distributed.LocalCluster):
             host="127.0.0.1",
             silence_logs=logging.CRITICAL,
         )
+        self.scale(1)
 
     def new_worker_spec(self) -> dict[Any, Any]:
         """The next worker; which device number it sees follows from how many there are."""

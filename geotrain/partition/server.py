@@ -88,7 +88,7 @@ class ParameterServer:
     def begin(self, until: int) -> Directive:
         """Open a segment that ends before round `until`."""
         self.totals, self._stop_told = Totals(), False
-        self._handle(SegmentBegins(until, self.clock()))
+        self.handle(SegmentBegins(until, self.clock()))
         return self._directive()
 
     def step_done(self, samples: int, loss: Tensor) -> Directive:
@@ -102,7 +102,7 @@ class ParameterServer:
         self.totals.steps += 1
         if self.machine.at.steps + 1 >= self.machine.at.pace.steps(self.machine.at.round) and not torch.isfinite(self._round_loss):
             raise FloatingPointError(f"loss in round {self.machine.at.round}")
-        self._handle(StepDone(samples, self.clock()))
+        self.handle(StepDone(samples, self.clock()))
         return self._directive()
 
     def _directive(self) -> Directive:
@@ -110,25 +110,27 @@ class ParameterServer:
         self.alive()
         if self.stop_wanted() and not self._stop_told:
             self._stop_told = True
-            self._handle(StopAsked(self.clock()))
+            self.handle(StopAsked(self.clock()))
         while (delivery := self.transport.receive(0)) is not None:
-            self._take(delivery)
+            self.take(delivery)
         at = self.machine.at
         while at.held and not at.over:
             self.alive()
             if (late := self.transport.receive(POLL_S)) is not None:
-                self._take(late)
+                self.take(late)
         changed, self._changed = self._changed, False
         return Directive(at.round, changed, at.over)
 
-    def _take(self, delivery: Delivery) -> None:
+    def take(self, delivery: Delivery) -> None:
+        """An update arrived; one that is here already keeps its first payload."""
         key = delivery.update.key
         fresh = key not in self._payloads
         if fresh:
             self._payloads[key] = delivery.payload
-        self._handle(Received(delivery.update, self.clock()), fresh=fresh)
+        self.handle(Received(delivery.update, self.clock()), fresh=fresh)
 
-    def _handle(self, event: Event, *, fresh: bool = True) -> None:
+    def handle(self, event: Event, *, fresh: bool = True) -> None:
+        """Let the machine decide, and carry out what it says."""
         mine: list[Update] = []
         for instruction in self.machine.handle(event):
             self._carry_out(instruction, mine, fresh=fresh)

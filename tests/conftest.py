@@ -1,0 +1,48 @@
+"""What all tests share: a quiet Prefect in a home of its own, one compute thread, and a check that nothing is left behind."""
+
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+
+os.environ |= {
+    "PREFECT_HOME": os.environ.get("GEOTRAIN_TEST_PREFECT_HOME") or tempfile.mkdtemp(prefix="geotrain-prefect-"),
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+    "OMP_NUM_THREADS": "1",
+}
+
+import psutil
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("geotrain", deadline=None, derandomize=True)
+settings.load_profile("geotrain")
+torch.set_num_threads(1)
+
+
+def ours(thread: threading.Thread) -> bool:
+    return thread.name.startswith("geotrain-")
+
+
+def lasts(child: psutil.Process) -> bool:
+    """Python's own helper, and the servers that a whole test session shares."""
+    try:
+        words = " ".join(child.cmdline())
+    except psutil.Error:
+        return True
+    return any(name in words for name in ("resource_tracker", "moto.server", "prefect.server"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    """No thread of ours and no child process outlives a test that started it."""
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    yield
+    left = [thread.name for thread in threading.enumerate() if ours(thread)]
+    assert not left, left
+    children = [child for child in psutil.Process().children(recursive=True) if child.pid not in before and not lasts(child)]
+    _, lasting = psutil.wait_procs(children, timeout=10)
+    assert not lasting, [child.cmdline() for child in lasting]

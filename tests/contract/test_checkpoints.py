@@ -1,0 +1,94 @@
+"""One suite for every kind of store that can hold a run."""
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+
+from geotrain import checkpoint
+from geotrain.checkpoint import Manifest, StoredPart
+from geotrain.errors import BadCheckpoint, OutputUnwritable
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    match request.param:
+        case "local":
+            yield str(tmp_path / "run")
+        case "memory":
+            yield f"memory://{uuid.uuid4().hex}/run"
+        case "s3":
+            yield f"s3://{request.getfixturevalue('bucket')}/run-{uuid.uuid4().hex}"
+
+
+def part(url: str, region: str, round: int, value: float = 1.0) -> StoredPart:
+    where = checkpoint.join(checkpoint.folder(url, round), f"{region}.safetensors")
+    return checkpoint.write_part(region, where, {"w": torch.full((3, 2), value), "n": torch.tensor(7)}, {"round": round, "deep": {"a": [1, 2]}})
+
+
+def manifest(url: str, round: int, *parts: StoredPart) -> Manifest:
+    return Manifest("r", round // 10, round, 0, 100, {"acc": 0.5}, {"north": {"samples": 1.0}}, parts)
+
+
+def test_a_part_comes_back_as_it_was(url: str) -> None:
+    tensors, facts = checkpoint.read_part(part(url, "north", 10, 2.5))
+    assert torch.equal(tensors["w"], torch.full((3, 2), 2.5))
+    assert tensors["n"].item() == 7
+    assert facts == {"round": 10, "deep": {"a": [1, 2]}}
+
+
+def test_the_newest_committed_checkpoint_is_the_latest(url: str) -> None:
+    assert checkpoint.latest(url) is None
+    for round in (10, 20):
+        checkpoint.commit(url, manifest(url, round, part(url, "north", round)))
+    part(url, "north", 30)
+    latest = checkpoint.latest(url)
+    assert latest is not None
+    assert latest.round == 20, "without a manifest there is no checkpoint"
+    assert latest == manifest(url, 20, part(url, "north", 20))
+    with pytest.raises(BadCheckpoint, match="no part of region south"):
+        latest.part("south")
+
+
+def test_a_flipped_bit_is_noticed(url: str) -> None:
+    written = part(url, "north", 10)
+    fs, path = fsspec.core.url_to_fs(written.url)
+    content = bytearray(fs.cat_file(path))
+    content[-1] ^= 1
+    fs.pipe_file(path, bytes(content))
+    with pytest.raises(BadCheckpoint, match="SHA-256"):
+        checkpoint.read_part(written)
+
+
+def test_a_part_that_is_gone_is_named(url: str) -> None:
+    written = part(url, "north", 10)
+    fs, path = fsspec.core.url_to_fs(written.url)
+    fs.rm(path)
+    with pytest.raises(BadCheckpoint, match=r"north\.safetensors is damaged: it cannot be read"):
+        checkpoint.read_part(written)
+
+
+def test_old_checkpoints_are_pruned_and_half_made_ones_before_them(url: str) -> None:
+    part(url, "north", 5)
+    for round in (10, 20, 30, 40):
+        checkpoint.commit(url, manifest(url, round, part(url, "north", round)))
+    checkpoint.prune(url, keep=2)
+    fs, path = fsspec.core.url_to_fs(checkpoint.join(url, "checkpoints"))
+    assert sorted({name.rsplit("/", 2)[-2] for name in fs.find(path)}) == ["00000030", "00000040"]
+
+
+def test_a_broken_manifest_is_named(url: str) -> None:
+    checkpoint.write_bytes("test", checkpoint.join(checkpoint.folder(url, 10), "manifest.json"), b'{"run": ')
+    with pytest.raises(BadCheckpoint, match=r"manifest\.json"):
+        checkpoint.latest(url)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputUnwritable, match="region north cannot write"):
+        part(str(tmp_path / "file"), "north", 1)
+    with pytest.raises(OutputUnwritable, match="region north cannot write"):
+        part("s3://no-such-bucket-of-ours", "north", 1)

@@ -1,0 +1,100 @@
+"""One suite for every kind of cluster: open, use, scale, close."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from distributed import LocalCluster as DaskLocalCluster
+
+from geotrain.clusters import open_cluster, quiet_dask
+from geotrain.clusters.code import pack
+from geotrain.errors import ClusterTooSmall, ClusterUnreachable, JobError
+from geotrain.job import AddressCluster, ClassCluster, DataSpec, Device, LocalCluster, RegionSpec
+
+
+def region(cluster: object, devices: tuple[Device, ...] = (Device(),)) -> RegionSpec:
+    return RegionSpec(name="north", data=DataSpec(train="t"), cluster=cluster, devices=devices)  # type: ignore[arg-type]
+
+
+@pytest.fixture(params=["local", "address", "class"])
+def spec(request: pytest.FixtureRequest) -> Iterator[RegionSpec]:
+    quiet_dask()
+    match request.param:
+        case "local":
+            yield region(LocalCluster())
+        case "class":
+            args = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": ":0"}
+            yield region(ClassCluster(kind="class", path="distributed:LocalCluster", args=args))
+        case "address":
+            with DaskLocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=":0", protocol="tcp://") as theirs:
+                yield region(AddressCluster(kind="address", address=theirs.scheduler_address))
+
+
+def test_a_cluster_works_scales_and_closes(spec: RegionSpec) -> None:
+    with open_cluster(spec) as cluster:
+        assert cluster.client.submit(sum, [1, 2], pure=False).result(timeout=30) == 3
+        workers = cluster.scale(2)
+        assert len(set(workers)) == 2
+        assert cluster.workers() == workers
+        assert "http" in cluster.dashboard
+    assert cluster.client.status == "closed"
+
+
+def test_code_reaches_workers_that_come_later_too(spec: RegionSpec, tmp_path: Path) -> None:
+    (tmp_path / "brought.py").write_text("def answer():\n    return 42\n")
+
+    def ask() -> int:
+        import brought  # type: ignore[import-not-found]
+
+        return int(brought.answer())
+
+    with open_cluster(spec) as cluster:
+        cluster.ship((str(tmp_path / "brought.py"),))
+        for worker in cluster.scale(2):
+            assert cluster.client.submit(ask, workers=[worker], pure=False).result(timeout=30) == 42
+
+
+@pytest.mark.parametrize(
+    ("cluster", "where"),
+    [
+        (AddressCluster(kind="address", address="tcp://127.0.0.1:1"), "tcp://127.0.0.1:1"),
+        (ClassCluster(kind="class", path="distributed:NoSuchCluster"), "distributed:NoSuchCluster"),
+        (ClassCluster(kind="class", path="no_such_module:Cluster"), "no_such_module:Cluster"),
+        (ClassCluster(kind="class", path="distributed:LocalCluster", args={"no_such_argument": 1}), "distributed:LocalCluster"),
+    ],
+    ids=["address", "class", "module", "argument"],
+)
+def test_a_cluster_that_is_not_there_is_named(cluster: object, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("geotrain.clusters.cluster.CONNECT_S", 1.0)
+    with pytest.raises(ClusterUnreachable, match=f"region north: no Dask cluster at {where}"):
+        open_cluster(region(cluster))
+
+
+def test_an_existing_cluster_that_is_too_small_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("geotrain.clusters.cluster.GROW_MARGIN_S", 0.3)
+    with DaskLocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0", protocol="tcp://") as theirs:
+        with open_cluster(region(AddressCluster(kind="address", address=theirs.scheduler_address))) as cluster:
+            with pytest.raises(ClusterTooSmall, match="3 workers were planned, 1 came"):
+                cluster.scale(3)
+
+
+def test_each_worker_sees_one_gpu_and_two_may_share() -> None:
+    def seen() -> str | None:
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    with open_cluster(region(LocalCluster(gpus=(1, 1)), (Device(kind="h100", count=2), Device(kind="cpu", count=1)))) as cluster:
+        cluster.scale(3)
+        assert sorted(cluster.client.run(seen).values()) == ["", "1", "1"]
+
+
+def test_code_that_is_not_there_or_is_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="does not exist"):
+        pack((str(tmp_path / "absent.py"),))
+    package = tmp_path / "mine"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "weights.bin").write_bytes(b"0" * 1000)
+    assert b"mine/__init__.py" in pack((str(package),))
+    assert b"weights.bin" not in pack((str(package),))
+    assert pack((str(package),)) == pack((str(package),)), "the same code packs to the same bytes"

@@ -1,0 +1,249 @@
+"""Whole runs on real parts: Dask worker processes, Flight between them, checkpoints on disk. Without Prefect."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from geotrain import checkpoint, registry
+from geotrain.errors import GeotrainError, NothingToResume, Stopped, WorkerLost
+from geotrain.job import JobSpec
+from geotrain.report.folder import RunFolder
+from geotrain.run import Run
+from tests.making import points_job, write_points
+
+
+def conduct(run: Run, before_segment: Callable[[Run, int], None] = lambda run, segment: None) -> dict[str, Any]:
+    """What flows.train does, in threads instead of tasks."""
+    with run:
+        run.in_every_region(run.analyze)
+        run.schedule()
+        run.introduce(run.in_every_region(run.provision))
+        for segment in run.segments_left():
+            before_segment(run, segment)
+            if run.synchronize(segment, run.in_every_region(run.train, segment)):
+                break
+            if run.control.stop.is_set():
+                raise Stopped(run.id)
+        if run.needs_final_merge:
+            assert len(set(run.in_every_region(run.merge_fully))) == 1
+        sums = run.in_every_region(run.evaluate)
+        run.conclude({region.name: part for region, part in zip(run.job.regions, sums, strict=True)})
+        run.publish()
+        return run.report()
+
+
+def model_of(run: Run) -> dict[str, torch.Tensor]:
+    return load_file(Path(run.folder.url) / "model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "ma": {"strategy": "ma", "every": 2},
+    "diloco-bf16": {"strategy": "diloco", "every": 4, "codec": "bf16"},
+    "asgd": {"strategy": "asgd", "max_staleness": 2},
+    "asgd_ga": {"strategy": "asgd_ga", "every": 4},
+    "ma-async": {"strategy": "ma", "every": 4, "mode": "async"},
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_run_learns_and_leaves_a_whole_folder(tmp_path: Path, name: str) -> None:
+    job = points_job(
+        tmp_path,
+        rows={"north": 200, "south": 120},
+        sync=STRATEGIES[name],
+        train={"batch_size": 10, "epochs": 12, "seed": 3},
+        task_args={"norm": name == "ma"},
+        registry={"url": str(tmp_path / "registry"), "model": "points", "metric": "mse", "higher_is_better": False},
+    )
+    run = Run.start(job)
+    summary = conduct(run)
+    rounds = list(run.folder.lines("rounds.jsonl"))
+    first = [record["loss"] for record in rounds if record["round"] == 0 and record["region"] == "north"][0]
+    assert summary["metrics"]["mse"] < 0.6 * first
+    assert summary["samples"] == 12 * 320, "every row once per epoch"
+    assert {region["region"]: region["samples"] for region in summary["regions"]} == {"north": 2400, "south": 1440}
+    assert all(link["updates"] > 0 and link["retries"] == 0 for link in summary["links"])
+    assert sorted(path.name for path in Path(run.folder.url).iterdir() if not path.name.startswith(".")) == [
+        "checkpoints", "events.jsonl", "inventory.json", "job.yaml", "model.safetensors", "plan.json",
+        "report.html", "report.md", "rounds.jsonl", "summary.json",
+    ]  # fmt: skip
+    champion = registry.champion(str(tmp_path / "registry"), "points")
+    assert champion is not None
+    assert same(load_file(champion.url), model_of(run))
+    assert "<svg" in (Path(run.folder.url) / "report.html").read_text()
+    with pytest.raises(NothingToResume, match="it is complete"):
+        Run.resume(run.folder)
+
+
+@pytest.mark.parametrize("task_args", [{"momentum": 0.9}, {"adam": True, "lr": 0.01, "norm": True}], ids=["momentum", "adam-batchnorm"])
+@pytest.mark.parametrize("name", ["ma", "diloco-bf16"])
+def test_killed_and_resumed_is_uninterrupted_to_the_bit(tmp_path: Path, name: str, task_args: dict[str, Any]) -> None:
+    job = points_job(tmp_path, sync=STRATEGIES[name], task_args=task_args, schedule={"segment_rounds": 7})
+    whole = Run.start(job)
+    conduct(whole)
+
+    def die(run: Run, segment: int) -> None:
+        if segment == 3:
+            raise MemoryError("as if killed")
+
+    broken = Run.start(job)
+    with pytest.raises(MemoryError):
+        conduct(broken, before_segment=die)
+    resumed = Run.resume(RunFolder(broken.folder.url))
+    assert resumed.round == 14
+    summary = conduct(resumed)
+    assert same(model_of(resumed), model_of(whole))
+    assert summary["samples"] == 4 * 400
+
+
+@pytest.mark.parametrize("name", ["ma", "asgd_ga"])
+def test_a_stop_drains_to_one_round_and_resumes(tmp_path: Path, name: str) -> None:
+    job = points_job(
+        tmp_path, sync=STRATEGIES[name], train={"batch_size": 4, "epochs": 200}, schedule={"segment_rounds": 100_000}, shape={"mbit_per_s": 100, "rtt_ms": 5}
+    )
+    run = Run.start(job)
+
+    def ask(run: Run, segment: int) -> None:
+        def later() -> None:
+            while run.board.rows["north"].rounds < 5:
+                time.sleep(0.05)
+            run.control.stop.set()
+
+        threading.Thread(target=later).start()
+
+    with pytest.raises(Stopped):
+        conduct(run, before_segment=ask)
+    manifest = checkpoint.latest(run.folder.url)
+    assert manifest is not None
+    assert 5 <= manifest.round < run.plan.rounds  # type: ignore[union-attr]
+    assert len(manifest.parts) == 2
+    resumed = Run.resume(RunFolder(run.folder.url))
+    resumed.plan = type(resumed.plan)(**{**_fields(resumed.plan), "rounds": manifest.round + 20})
+    assert conduct(resumed)["rounds"] == manifest.round + 20
+
+
+def _fields(plan: Any) -> dict[str, Any]:
+    return {name: getattr(plan, name) for name in plan.__slots__}
+
+
+def test_until_a_metric_is_reached(tmp_path: Path) -> None:
+    job = points_job(tmp_path, train={"batch_size": 10, "epochs": 100, "until": {"metric": "mse", "at_most": 3.0}})
+    run = Run.start(job)
+    summary = conduct(run)
+    assert summary["metrics"]["mse"] <= 3.0
+    assert summary["rounds"] < run.plan.rounds  # type: ignore[union-attr]
+
+
+def test_two_workers_train_like_one_with_twice_the_batch(tmp_path: Path) -> None:
+    """Gradients of a region's workers are averaged by rows: the same steps, whoever computes them."""
+    results = []
+    for workers, batch in ((1, 80), (2, 40)):
+        job = points_job(
+            tmp_path,
+            rows={"north": 80, "south": 80},
+            train={"batch_size": batch, "epochs": 10, "seed": 3},
+            task_args={"fault": "no-dropout"},
+            schedule={"allocate": "all", "scaling_loss": 0.0},
+            sync={"strategy": "ma", "every": 1},
+        )
+        tree = job.to_dict()
+        for region in tree["regions"]:
+            region["devices"][0]["count"] = workers
+        run = Run.start(JobSpec.model_validate(tree))
+        conduct(run)
+        results.append(model_of(run))
+    for name in results[0]:
+        assert torch.allclose(results[0][name], results[1][name], atol=1e-4), name
+
+
+def test_a_lost_worker_is_named_and_the_run_resumes(tmp_path: Path) -> None:
+    job = points_job(tmp_path, train={"batch_size": 4, "epochs": 400}, schedule={"segment_rounds": 300}, shape={"mbit_per_s": 100, "rtt_ms": 4})
+    run = Run.start(job)
+
+    def kill(run: Run, segment: int) -> None:
+        if segment == 2:
+            worker = run.partitions["south"].workers[0]
+            pid = run.partitions["south"].client.run(os.getpid, workers=[worker])[worker]
+            os.kill(pid, signal.SIGKILL)
+
+    with pytest.raises(WorkerLost, match="region south: worker .* was lost"):
+        conduct(run, before_segment=kill)
+    assert list(run.folder.lines("events.jsonl"))[-1]["event"] == "failed"
+    resumed = Run.resume(RunFolder(run.folder.url))
+    assert resumed.round == 300
+    resumed.plan = type(resumed.plan)(**{**_fields(resumed.plan), "rounds": 400})
+    assert conduct(resumed)["rounds"] == 400
+
+
+def test_retraining_begins_from_the_champion(tmp_path: Path) -> None:
+    job = points_job(tmp_path, registry={"url": str(tmp_path / "registry"), "model": "points", "metric": "mse", "higher_is_better": False})
+    first = Run.start(job)
+    conduct(first)
+    champion = registry.champion(str(tmp_path / "registry"), "points")
+    again = Run.start(job)
+    again.warm_start = champion
+    conduct(again)
+    assert not again.has_new_data(since=champion)
+    first_loss, warm_loss = (next(iter(run.folder.lines("rounds.jsonl")))["loss"] for run in (first, again))
+    assert warm_loss < 0.5 * first_loss
+    newest = registry.version(str(tmp_path / "registry"), "points", 2)
+    assert newest.parent == 1
+    write_points(tmp_path / "south" / "train", 50, seed=9, files=2)
+    third = Run.start(job)
+    with third:
+        third.in_every_region(third.analyze)
+        assert third.has_new_data(since=champion)
+
+
+def test_data_checkpoints_and_registry_on_s3(tmp_path: Path, bucket: str) -> None:
+    import s3fs
+
+    local = points_job(tmp_path)
+    s3fs.S3FileSystem().put(str(tmp_path / "north"), f"{bucket}/run/north", recursive=True)
+    s3fs.S3FileSystem().put(str(tmp_path / "south"), f"{bucket}/run/south", recursive=True)
+    tree = local.to_dict() | {"output": {"url": f"s3://{bucket}/runs"}, "registry": {"url": f"s3://{bucket}/registry", "model": "points"}}
+    for region in tree["regions"]:
+        name = region["name"]
+        region["data"] = {"train": f"s3://{bucket}/run/{name}/train", "eval": f"s3://{bucket}/run/{name}/eval"}
+        region["storage_options"] = {"endpoint_url": os.environ["AWS_ENDPOINT_URL_S3"], "secret": {"env": "AWS_SECRET_ACCESS_KEY"}, "key": {"env": "AWS_ACCESS_KEY_ID"}}
+    run = Run.start(JobSpec.model_validate(tree))
+    summary = conduct(run)
+    assert summary["samples"] == 4 * 400
+    champion = registry.champion(f"s3://{bucket}/registry", "points")
+    assert champion is not None
+    assert s3fs.S3FileSystem().exists(champion.url)
+    assert len(list(run.folder.lines("rounds.jsonl"))) == 2 * summary["rounds"]
+
+
+def test_an_interrupt_while_clusters_start_leaves_nothing(tmp_path: Path) -> None:
+    run = Run.start(points_job(tmp_path))
+    with contextlib.suppress(KeyboardInterrupt), run:
+        raise KeyboardInterrupt
+    assert [event["event"] for event in run.folder.lines("events.jsonl")] == ["created", "stopped"]
+
+
+def test_errors_of_regions_are_raised_the_first_cause_first(tmp_path: Path) -> None:
+    run = Run.start(points_job(tmp_path))
+
+    def stage(region: str) -> None:
+        if region == "south":
+            time.sleep(0.2)
+            raise GeotrainError("the cause")
+        run.control.abort.wait(10)
+        raise Stopped(run.id)
+
+    with pytest.raises(GeotrainError, match="the cause"):
+        run.in_every_region(stage)

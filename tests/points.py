@@ -1,0 +1,41 @@
+"""A task for tests: a small regression, with faults to order."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Points:
+    columns = ("x", "y")
+
+    def __init__(self, lr: float = 0.05, momentum: float = 0.0, adam: bool = False, norm: bool = False, fault: str = "") -> None:
+        self.lr, self.momentum, self.adam, self.norm, self.fault = lr, momentum, adam, norm, fault
+
+    def model(self) -> nn.Module:
+        middle = [nn.BatchNorm1d(6)] if self.norm else []
+        model = nn.Sequential(nn.Linear(4, 6), *middle, nn.Tanh(), nn.Dropout(0.0 if self.fault == "no-dropout" else 0.1), nn.Linear(6, 1))
+        if self.fault == "unseeded":
+            nn.init.normal_(model[0].weight, generator=torch.Generator().manual_seed(int(torch.randint(2**31, (1,), generator=torch.Generator().manual_seed(id(model))).item())))
+        return model
+
+    def optimizer(self, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(params, lr=self.lr) if self.adam else torch.optim.SGD(params, lr=self.lr, momentum=self.momentum)
+
+    def batch(self, rows: pa.RecordBatch) -> tuple[Tensor, Tensor]:
+        if self.fault == "batch":
+            raise ValueError("cannot make a batch")
+        x = np.stack(rows.column("x").to_numpy(zero_copy_only=False))
+        return torch.from_numpy(x), torch.from_numpy(rows.column("y").to_numpy(zero_copy_only=False).copy())
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        if self.fault == "loss":
+            raise RuntimeError("shapes do not fit")
+        return functional.mse_loss(model(batch[0]).squeeze(1), batch[1])
+
+    def evaluate(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, tuple[float, float]]:
+        error = functional.mse_loss(model(batch[0]).squeeze(1), batch[1], reduction="sum")
+        return {"mse": (error.item(), len(batch[1]))}

@@ -1,0 +1,96 @@
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from geotrain.data.inventory import Inventory, Shard
+from geotrain.job import parse_job
+from geotrain.plan.planner import Plan, make_plan
+from geotrain.plan.power import Offer
+
+
+def job(**changes: Any) -> Any:
+    tree: dict[str, Any] = {
+        "name": "x",
+        "task": "a:B",
+        "regions": [{"name": name, "data": {"train": name}} for name in ("paris", "tokyo")],
+        "train": {"batch_size": 1, "epochs": 2},
+        "sync": {"strategy": "ma", "every": 10},
+        "schedule": {"tolerance": 0.0, "scaling_loss": 0.0},
+    }
+    return parse_job({**tree, **changes})
+
+
+def data(**rows: int) -> dict[str, Inventory]:
+    return {name: Inventory(name, name, (Shard(name, "e", n, (n,)),), {"x": "int64"}) for name, n in rows.items()}
+
+
+def offers(paris: Offer, tokyo: Offer) -> dict[str, list[Offer]]:
+    return {"paris": [paris], "tokyo": [tokyo]}
+
+
+def cpu(count: int, usd: float = 1.0, speed: float = 10.0) -> Offer:
+    return Offer("cpu", count, usd, speed)
+
+
+@pytest.mark.parametrize(("ratio", "saving"), [(1.0, 0.0), (1.25, 0.1), (1.5, 1 / 6), (2.0, 0.25), (3.0, 1 / 3)])
+def test_two_equal_regions_save_half_of_one_minus_one_over_r(ratio: float, saving: float) -> None:
+    """All allocated against matched to the straggler: (1 - 1/r) / 2, exact where the counts divide."""
+    inventory = data(paris=int(6000 * ratio), tokyo=6000)
+    links = {"mbit_per_s": 1e9, "rtt_ms": 0}
+    costs = {
+        kind: make_plan(job(links=links, schedule={"tolerance": 0.0, "scaling_loss": 0.0, "allocate": kind}), inventory, offers(cpu(60), cpu(60)), 1).usd
+        for kind in ("matched", "all")
+    }
+    assert 1 - costs["matched"] / costs["all"] == pytest.approx(saving, abs=0.01)
+
+
+def test_the_straggler_keeps_all_it_has_and_the_others_no_more_than_needed() -> None:
+    plan = make_plan(job(), data(paris=4000, tokyo=1000), offers(cpu(4), cpu(4)), 1000)
+    assert {region.region: region.workers for region in plan.regions} == {"paris": 4, "tokyo": 1}
+    assert "straggler" in plan.region("paris").reason
+    assert plan.alternatives[0].what == "everything allocated"
+    assert plan.alternatives[0].usd > plan.usd
+
+
+def test_a_merge_rounds_exchange_is_added_and_a_pushs_is_hidden() -> None:
+    links = {"mbit_per_s": 8, "rtt_ms": 100}
+    inventory, offered = data(paris=1000, tokyo=1000), offers(cpu(1), cpu(1))
+    merge = make_plan(job(links=links), inventory, offered, 100_000)
+    assert merge.exchange_s == pytest.approx(2 * (0.1 + 0.05))
+    assert merge.round_s == pytest.approx(1.0 + 0.3)
+    push = make_plan(job(links=links, sync={"strategy": "asgd_ga", "every": 10}), inventory, offered, 100_000)
+    assert push.hidden
+    assert push.round_s == pytest.approx(1.0)
+    assert make_plan(job(links=links, sync={"strategy": "asgd"}), inventory, offered, 1_000_000).round_s == pytest.approx(1.0)
+
+
+def test_the_owner_is_where_rounds_are_quickest() -> None:
+    names = ("paris", "tokyo", "sydney")
+    regions = [{"name": name, "data": {"train": name}} for name in names]
+    links = {"mbit_per_s": 100, "pairs": {"paris-sydney": {"mbit_per_s": 5}}}
+    three = {name: [cpu(1)] for name in names}
+    assert make_plan(job(regions=regions, links=links), data(paris=9, tokyo=9, sydney=9), three, 10**6).owner == "tokyo"
+
+
+def test_egress_is_money() -> None:
+    plan = make_plan(job(links={"usd_per_gb": 1.0}), data(paris=100, tokyo=100), offers(cpu(1, usd=0), cpu(1, usd=0)), 5 * 10**8)
+    assert plan.usd == pytest.approx(plan.rounds * 1.0)
+    assert plan.wan_bytes == plan.rounds * 10**9
+
+
+def test_timeouts_follow_from_payload_and_link() -> None:
+    slow = make_plan(job(links={"mbit_per_s": 5}), data(paris=9, tokyo=9), offers(cpu(1), cpu(1)), 10**8)
+    assert slow.give_up_s == pytest.approx(10 * 160, rel=0.01)
+
+
+@settings(max_examples=50)
+@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 64), st.integers(1, 40), st.floats(0.1, 9))
+def test_a_plan_covers_the_epochs_and_survives_json(paris: int, tokyo: int, batch: int, every: int, epochs: float) -> None:
+    train = {"batch_size": batch, "epochs": epochs}
+    plan = make_plan(job(train=train, sync={"strategy": "ma", "every": every}), data(paris=paris, tokyo=tokyo), offers(cpu(3), cpu(2)), 10)
+    assert plan.rounds >= epochs * plan.rounds_per_epoch - 1e-6
+    assert plan.segment_end(plan.segments) == plan.rounds
+    assert plan.segment_end(plan.segments - 1) < plan.rounds or plan.segments == 1
+    assert Plan.from_dict(plan.to_dict()) == plan
