@@ -42,7 +42,7 @@ def stops_in_order(run: Run) -> Iterator[None]:
     """
     came: list[int] = []
 
-    def handle(number: int, frame: FrameType | None) -> None:
+    def handle(number: int, _: FrameType | None) -> None:
         came.append(number)
         if run.training and len(came) == 1:
             run.board.enter("stopping: draining the round and writing a checkpoint")

@@ -32,7 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Train one PyTorch model on data that lives in several regions, without moving the data.\n\n"
-    "A first look: [bold]geotrain data digits --regions 3 --skew 0.5[/], then [bold]geotrain run deployments/jobs/digits-3-regions.yaml[/].",
+    "A first look: [bold]geotrain data digits --regions 3 --skew 0.5[/], then "
+    "[bold]geotrain run deployments/jobs/digits-3-regions.yaml[/].",
     epilog=EXIT_CODES.replace("\n", " "),
 )
 
@@ -275,7 +276,9 @@ def report(run: RunId, runs: Runs = "runs", shape: Shape = Format.text) -> None:
 
         answers.print(summary_table(summary))
         for link in summary["links"]:
-            answers.print(f"{link['source']} > {link['target']}: {link['updates']} updates, {size(link['wire_bytes'])}, {link['retries']} retries")
+            answers.print(
+                f"{link['source']} > {link['target']}: {link['updates']} updates, {size(link['wire_bytes'])}, {link['retries']} retries"
+            )
         answers.print(f"page: {folder.url}/report.html")
 
 

@@ -70,7 +70,9 @@ class TaskError(GeotrainError):
 class TaskImportError(TaskError):
     fields = ("region", "path", "detail")
     says = "region {region}: the task {path} cannot be imported on a worker: {detail}"
-    remedy = "write it as 'module:Name'; list the file or folder that holds it under `code:`, and what it imports in the workers' environment"
+    remedy = (
+        "write it as 'module:Name'; list the file or folder that holds it under `code:`, and what it imports in the workers' environment"
+    )
 
 
 class TaskFailed(TaskError):
@@ -88,7 +90,7 @@ class ModelMismatch(TaskError):
 class NonFiniteLoss(TaskError):
     fields = ("region", "round", "files")
     says = "region {region}: the loss became NaN or infinite in round {round}, on rows of {files}; nothing of that round left the region"
-    remedy = "look for missing or extreme values in those files, lower the learning rate, or train.precision: fp32; the last checkpoint is intact"
+    remedy = "look for missing or extreme values there, or lower the learning rate; the last checkpoint is intact"
 
 
 class DataError(GeotrainError):
@@ -166,7 +168,9 @@ class UpdateRefused(WanError):
 class Diverged(WanError):
     fields = ("round", "hashes")
     says = "after round {round} the regions hold different parameters: {hashes}"
-    remedy = "this is a fault in geotrain or in a machine's arithmetic: please report it with the run folder; the checkpoint before is intact"
+    remedy = (
+        "this is a fault in geotrain or in a machine's arithmetic: please report it with the run folder; the checkpoint before is intact"
+    )
 
 
 class StateError(GeotrainError):

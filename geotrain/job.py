@@ -3,18 +3,18 @@
 The only module that knows pydantic. Paths in a job are relative to the job file. The text under a field is its documentation.
 """
 
-import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from geotrain.errors import JobError
+from geotrain.mistakes import explain, is_echo, members_of
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")]
 Count = Annotated[int, Field(ge=1)]
@@ -97,7 +97,9 @@ class WanEndpoint(Spec):
     @model_validator(mode="after")
     def _plaintext_only_on_loopback(self) -> "WanEndpoint":
         if not self.listen.startswith(LOOPBACK) and not self.plaintext:
-            raise ValueError(f"listening on {self.listen} sends updates unencrypted; keep to 127.0.0.1, or set plaintext: true inside a VPN")
+            raise ValueError(
+                f"listening on {self.listen} sends updates unencrypted; keep to 127.0.0.1, or set plaintext: true inside a VPN"
+            )
         return self
 
 
@@ -116,7 +118,9 @@ class RegionSpec(Spec):
     def _secrets_by_reference(cls, options: dict[str, Any]) -> dict[str, Any]:
         for key, value in options.items():
             if SECRET_OPTION.search(key) and not isinstance(value, FromEnv):
-                raise ValueError(f"'{key}' looks like a secret: write {key}: {{env: NAME_OF_A_VARIABLE}} and set that variable on the workers")
+                raise ValueError(
+                    f"'{key}' looks like a secret: write {key}: {{env: NAME_OF_A_VARIABLE}} and set that variable on the workers"
+                )
         return options
 
 
@@ -331,7 +335,8 @@ def parse_job(tree: Mapping[str, Any], source: str = "job") -> JobSpec:
     try:
         return JobSpec.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(mistake, tree) for mistake in error.errors() if not (mistake["type"] == "too_short" and mistake["input"])]
+        unions = (*members_of(Cluster), *members_of(Sync))
+        lines = [explain(mistake, tree, JobSpec, unions) for mistake in error.errors() if not is_echo(mistake)]
         raise JobError(f"{source}: {len(lines)} mistake{'s' * (len(lines) > 1)}\n" + "\n".join(f"  - {line}" for line in lines)) from None
 
 
@@ -378,83 +383,3 @@ def _resolved(job: JobSpec, base: Path) -> JobSpec:
     if job.registry:
         changed["registry"] = job.registry.model_copy(update={"url": full(job.registry.url)})
     return job.model_copy(update=changed)
-
-
-def _explain(mistake: Any, tree: Mapping[str, Any]) -> str:
-    """One pydantic mistake as a sentence that names the key, the region, and what to write instead."""
-    where, place = _where(mistake["loc"], tree)
-    message = mistake["msg"].removeprefix("Value error, ")
-    match mistake["type"]:
-        case "extra_forbidden":
-            key = str(mistake["loc"][-1])
-            near = difflib.get_close_matches(key, [*_keys(place)], n=1, cutoff=0.5)
-            return f"{where}: unknown key" + (f"; did you mean '{near[0]}'?" if near else f"; known here: {', '.join(sorted(_keys(place)))}")
-        case "missing":
-            return f"{where}: is missing"
-        case "union_tag_invalid" | "union_tag_not_found":
-            tag = mistake["ctx"]["discriminator"].strip("'")
-            known = ["local", "address", "class"] if tag == "kind" else ["asgd", "asgd_ga", "ma", "diloco"]
-            given = mistake["ctx"].get("tag")
-            near = difflib.get_close_matches(str(given), known, n=1)
-            says = f"no {tag} '{given}'" if given else f"needs a {tag}"
-            return f"{where}: {says}; " + (f"did you mean '{near[0]}'?" if near else f"write one of {', '.join(known)}")
-        case "string_pattern_mismatch":
-            return f"{where}: {mistake['input']!r} does not fit: {_shape_of(str(mistake['ctx']['pattern']))}"
-        case _:
-            given = mistake.get("input")
-            shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) or given is None else ""
-            return f"{where}: {message[0].lower() + message[1:]}{shown}" if where else message
-
-
-def _shape_of(pattern: str) -> str:
-    names = {r"\d{1,5}": "write host:port", "[A-Za-z_][": "write module:Name", "[a-z0-9][": "use lower-case letters, digits and dashes"}
-    return next((says for part, says in names.items() if part in pattern), f"it must match {pattern}")
-
-
-def _where(loc: Iterable[str | int], tree: Any) -> tuple[str, type[Spec]]:
-    """A pydantic location as `regions[1] (osaka).data.trian`, and the model that the last key belongs to."""
-    shown, model = "", JobSpec
-    here: Any = tree
-    steps = list(loc)
-    in_union = False
-    for position, step in enumerate(steps):
-        if isinstance(step, int):
-            here = here[step] if isinstance(here, list | tuple) and step < len(here) else None
-            name = here.get("name") if isinstance(here, dict) else None
-            shown += f"[{step}]" + (f" ({name})" if name else "")
-            continue
-        if not in_union and isinstance(here, dict) and step in (here.get("kind"), here.get("strategy")):
-            model, in_union = _tagged(step, model), True
-            continue
-        in_union = False
-        shown += f".{step}" if shown else str(step)
-        here = here.get(step) if isinstance(here, dict) else None
-        if position < len(steps) - 1:
-            model = _child(model, step)
-    return shown, model
-
-
-def _models(annotation: Any) -> list[type[Spec]]:
-    if isinstance(annotation, type) and issubclass(annotation, Spec):
-        return [annotation]
-    return [model for part in get_args(annotation) for model in _models(part)]
-
-
-def _child(model: type[Spec], key: str) -> type[Spec]:
-    field = model.model_fields.get(key)
-    found = _models(field.annotation) if field else []
-    return found[0] if found else model
-
-
-def _tagged(tag: str, model: type[Spec]) -> type[Spec]:
-    """The member of the tagged union around `model` that carries `tag`."""
-    for member in (*_models(Cluster), *_models(Sync)):
-        for key in ("kind", "strategy"):
-            field = member.model_fields.get(key)
-            if field and tag in get_args(field.annotation):
-                return member
-    return model
-
-
-def _keys(model: type[Spec]) -> Iterable[str]:
-    return model.model_fields

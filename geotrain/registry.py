@@ -1,7 +1,7 @@
 """Published models on any fsspec URL: versions, and one champion pointer that moves atomically.
 
-    <url>/<model>/versions/00001/model.safetensors, version.json
-    <url>/<model>/champion.json
+<url>/<model>/versions/00001/model.safetensors, version.json
+<url>/<model>/champion.json
 """
 
 import json
@@ -45,7 +45,7 @@ def next_number(registry: str, model: str) -> int:
     return max((int(name) for name in names if name.isdigit()), default=0) + 1
 
 
-def publish(registry: str, model: str, version: Version) -> None:
+def publish(version: Version) -> None:
     """Make a version known. Its model file must be written. Raises OutputUnwritable."""
     url = version.url.rsplit("/", 1)[0]
     write_bytes("the registry", join(url, "version.json"), json.dumps(asdict(version), indent=1).encode())

@@ -357,7 +357,7 @@ class Run:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         leader.write_model(version.url)
-        registry.publish(spec.url, spec.model, version)
+        registry.publish(version)
         better, why = registry.beats(
             self.metrics, registry.champion(spec.url, spec.model), spec.metric, higher_is_better=spec.higher_is_better
         )
@@ -383,7 +383,7 @@ class Run:
         held_out = [event for event in events if event["event"] in ("segment", "evaluated")]
         chart = page.loss_chart(self.folder.lines("rounds.jsonl"), held_out)
         self.folder.write("report.html", page.html(summary, self.plan, chart, events))
-        self.folder.write("report.md", page.markdown(summary, self.plan, chart))
+        self.folder.write("report.md", page.markdown(summary, chart))
         self.folder.write_json("summary.json", summary)
         self.board.enter("complete")
         return summary
@@ -394,7 +394,8 @@ class Run:
 
 def _inventories(tree: Mapping[str, Any]) -> dict[str, tuple[Inventory, Inventory | None]]:
     return {
-        region: (Inventory.from_dict(train), Inventory.from_dict(held_out) if held_out else None) for region, (train, held_out) in tree.items()
+        region: (Inventory.from_dict(train), Inventory.from_dict(held_out) if held_out else None)
+        for region, (train, held_out) in tree.items()
     }
 
 

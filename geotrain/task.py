@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from geotrain.errors import TaskImportError
 from geotrain.metrics import Sums
 
+
 @runtime_checkable
 class TrainingTask(Protocol):
     """One learning problem. Constructed with the job's `task_args` on every worker of every region."""
@@ -44,4 +45,4 @@ def load_task(region: str, path: str, args: Mapping[str, Any]) -> TrainingTask:
     absent = [part for part in ("columns", "model", "optimizer", "batch", "loss", "evaluate") if not hasattr(task, part)]
     if absent:
         raise TaskImportError(region, path, f"it has no {', '.join(absent)}")
-    return task  # type: ignore[no-any-return]
+    return task

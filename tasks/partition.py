@@ -22,7 +22,9 @@ def provision(run: Run, region: str) -> SeatTaken:
 def train_partition(run: Run, region: str, segment: int) -> SegmentDone:
     done = run.train(region, segment)
     loss = f"{done.loss:.4f}" if done.loss is not None else "-"
-    get_run_logger().info("%s: to round %d, %d samples, loss %s, waited %.1f of %.1f s", region, done.round, done.samples, loss, done.held_s, done.seconds)
+    get_run_logger().info(
+        "%s: to round %d, %d samples, loss %s, waited %.1f of %.1f s", region, done.round, done.samples, loss, done.held_s, done.seconds
+    )
     artifacts.progress(run.id, run.job.name, region, 100 * segment / run.segments)
     return done
 

@@ -19,7 +19,12 @@ class Points:
         middle = [nn.BatchNorm1d(6)] if self.norm else []
         model = nn.Sequential(nn.Linear(4, 6), *middle, nn.Tanh(), nn.Dropout(0.0 if self.fault == "no-dropout" else 0.1), nn.Linear(6, 1))
         if self.fault == "unseeded":
-            nn.init.normal_(model[0].weight, generator=torch.Generator().manual_seed(int(torch.randint(2**31, (1,), generator=torch.Generator().manual_seed(id(model))).item())))
+            nn.init.normal_(
+                model[0].weight,
+                generator=torch.Generator().manual_seed(
+                    int(torch.randint(2**31, (1,), generator=torch.Generator().manual_seed(id(model))).item())
+                ),
+            )
         return model
 
     def optimizer(self, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

@@ -34,7 +34,7 @@ def pack(paths: tuple[str, ...]) -> bytes:
     return buffer.getvalue()
 
 
-class CodePlugin(WorkerPlugin):  # type: ignore[misc]
+class CodePlugin(WorkerPlugin):
     """Unpacks an archive beside the worker and puts it first on the import path."""
 
     def __init__(self, archive: bytes) -> None:

@@ -85,14 +85,18 @@ def take_inventory(spec: RegionSpec, url: str, columns: Sequence[str], label: st
     except (OSError, ValueError) as error:
         raise DataUnreachable(spec.name, url, str(error) or type(error).__name__) from error
     files = sorted(name for name in found if name.endswith((".parquet", ".pq")) and not name.rsplit("/", 1)[-1].startswith(("_", ".")))
-    shards, schema, counts = [], {}, _LabelCount(label)
+    shards: list[Shard] = []
+    schema: dict[str, str] = {}
+    counts = _LabelCount(label)
     for name in files:
         uri = fs.unstrip_protocol(name) if "://" in url else name
         footer, arrow = _footer(spec.name, fs, name, uri)
         types = _types(spec.name, uri, arrow, columns)
         _same(spec.name, uri, types, schema, files[0])
         schema = schema or types
-        shards.append(Shard(uri, _etag(found[name]), found[name]["size"], tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))))
+        shards.append(
+            Shard(uri, _etag(found[name]), found[name]["size"], tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups)))
+        )
         counts.add(footer)
     inventory = Inventory(spec.name, url, tuple(shards), schema, counts.histogram())
     if not inventory.rows:

@@ -100,11 +100,12 @@ class LeaseBook:
         """Per group, rows used so far: prefixes of their permutations."""
         done = list(self.start)
         for worker, used in enumerate(self.used):
+            left = used
             for window in self.windows(worker):
-                taken = min(used, window.rows)
+                taken = min(left, window.rows)
                 for position, count in enumerate(np.bincount(window.order()[:taken], minlength=len(window.leases)).tolist()):
                     done[window.leases[position].group] += count
-                used -= taken
+                left -= taken
         return done
 
     def cursor(self) -> dict[str, Any]:

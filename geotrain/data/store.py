@@ -31,6 +31,6 @@ def open_store(spec: RegionSpec, url: str) -> tuple[Any, str]:
     if url.startswith("s3://") and "endpoint_url" in options:
         options = {"client_kwargs": {"endpoint_url": options["endpoint_url"]}, **{k: v for k, v in options.items() if k != "endpoint_url"}}
     try:
-        return fsspec.core.url_to_fs(url, **options)  # type: ignore[no-any-return]
+        return fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError, OSError) as error:
         raise DataUnreachable(spec.name, url, str(error)) from error

@@ -60,7 +60,9 @@ class Clicks:
     def batch(self, rows: pa.RecordBatch) -> Batch:
         """Value numbers [rows, FIELDS] counted through all fields, clicks [rows], true probabilities [rows]."""
         fields = torch.from_numpy(rows_of_lists(rows.column("fields")).astype(np.int64)) + torch.arange(FIELDS) * VALUES
-        clicks, truth = (torch.from_numpy(rows.column(name).to_numpy(zero_copy_only=False).astype(np.float32)) for name in ("click", "truth"))
+        clicks, truth = (
+            torch.from_numpy(rows.column(name).to_numpy(zero_copy_only=False).astype(np.float32)) for name in ("click", "truth")
+        )
         return fields, clicks, truth
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

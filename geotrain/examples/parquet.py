@@ -20,7 +20,9 @@ def assign(classes: NDArray[np.int64], regions: int, skew: float, rng: np.random
     return np.where(rng.random(len(classes)) < skew, home, anywhere)
 
 
-def write_regions(out: Path, regions: Sequence[str], table: pa.Table, where: NDArray[np.int64], *, rows_per_group: int, seed: int) -> dict[str, int]:
+def write_regions(
+    out: Path, regions: Sequence[str], table: pa.Table, where: NDArray[np.int64], *, rows_per_group: int, seed: int
+) -> dict[str, int]:
     """Write each region's rows, a fifth of them held out, as out/<region>/{train,eval}/part-*.parquet."""
     rng = np.random.default_rng(seed)
     written = {}

@@ -102,4 +102,4 @@ def _owners(model: nn.Module) -> list[tuple[str, tuple[nn.Module, str]]]:
 
 def sha256(tensor: Tensor) -> str:
     """Of a tensor's values, hex."""
-    return hashlib.sha256(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())).hexdigest()
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()

@@ -55,7 +55,9 @@ class Seat:
             flat = self.trainer.flat
             codec = codec_of(job.sync.codec)
             largest = max(4, codec.wire_bytes(1)) * flat.vector.numel()
-            self.endpoint = FlightTransport(order.region, spec.wan.listen, self.peers, token=order.token, largest_payload=largest, give_up_s=order.give_up_s)
+            self.endpoint = FlightTransport(
+                order.region, spec.wan.listen, self.peers, token=order.token, largest_payload=largest, give_up_s=order.give_up_s
+            )
             self.transport = self._shaped(self.endpoint)
             self.reporter.traffic = self.transport.traffic
             self._seat_server(first_round=0)
@@ -89,9 +91,7 @@ class Seat:
         hashes = flat.hashes()
         if self.order.restore and not isinstance(self.strategy, Merging):
             hashes = {}
-        return SeatTaken(
-            self.order.region, self.order.rank, get_worker().address, wan, flat.fingerprint(), hashes, str(flat.vector.device)
-        )
+        return SeatTaken(self.order.region, self.order.rank, get_worker().address, wan, flat.fingerprint(), hashes, str(flat.vector.device))
 
     def segment(self, order: SegmentOrder) -> SegmentDone | None:
         """Train one segment. The leader answers; the region's other workers return None."""
@@ -343,8 +343,6 @@ def leave(run: str, region: str) -> None:
     """Give the seat up: threads, port and group."""
     if (seat := _SEATS.pop((run, region), None)) is not None:
         seat.close()
-
-
 
 
 def meeting_point() -> str:

@@ -14,10 +14,10 @@ from geotrain.data.inventory import Inventory, RowGroup
 from geotrain.data.leases import LeaseBook
 from geotrain.errors import GeotrainError, NonFiniteLoss, TaskFailed
 from geotrain.job import TrainSpec
+from geotrain.metrics import add_sums
 from geotrain.partition.flat import FlatModel
 from geotrain.partition.group import Directive, Group
 from geotrain.partition.server import ParameterServer
-from geotrain.metrics import Sums, add_sums
 from geotrain.task import TrainingTask
 
 TASK_FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
@@ -129,7 +129,7 @@ class Trainer:
         if batch is not None:
             with self.autocast():
                 loss = self.task.loss(self.flat.model, on_device(batch, self.flat.vector.device))
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             loss = loss.detach()
         if gradients is not None:
             gradients[-1] = loss
@@ -157,11 +157,10 @@ def evaluate(trainer: Trainer, held_out: Inventory, batch_size: int) -> dict[str
     groups = LeaseBook(held_out.row_groups(), seed=0, epoch=0, workers=1, mix=1)
     model = trainer.flat.model
     model.eval()
-    parts: list[Sums] = []
     try:
         with torch.inference_mode(), trainer.autocast():
-            for rows in record_batches(groups, 0, batch_size, trainer.rows.reader.read):
-                parts.append(trainer.task.evaluate(model, on_device(trainer.rows.to_batch(rows), trainer.flat.vector.device)))
+            batches = map(trainer.rows.to_batch, record_batches(groups, 0, batch_size, trainer.rows.reader.read))
+            parts = [trainer.task.evaluate(model, on_device(batch, trainer.flat.vector.device)) for batch in batches]
     except GeotrainError:
         raise
     except TASK_FAULTS as error:

@@ -30,7 +30,7 @@ def merge_exchange(regions: Sequence[str], owner: str, payload_bytes: int, link:
     others = [region for region in regions if region != owner]
     up = max((transfer_s(link(region, owner), payload_bytes) for region in others), default=0.0)
     down = max((transfer_s(link(owner, region), payload_bytes) for region in others), default=0.0)
-    sent = {region: payload_bytes for region in others} | {owner: payload_bytes * len(others)}
+    sent = dict.fromkeys(others, payload_bytes) | {owner: payload_bytes * len(others)}
     return Exchange(up + down, sent, _usd([(r, owner) for r in others] + [(owner, r) for r in others], payload_bytes, link))
 
 

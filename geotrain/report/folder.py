@@ -1,10 +1,10 @@
 """The run folder on any fsspec URL.
 
-    <output.url>/<run>/
-      job.yaml  inventory.json  plan.json     what was asked for, found and decided
-      rounds.jsonl  events.jsonl              append-only, while it runs
-      checkpoints/<segment>/                  one part per region, manifest.json last
-      summary.json  report.html  report.md    at the end
+<output.url>/<run>/
+  job.yaml  inventory.json  plan.json     what was asked for, found and decided
+  rounds.jsonl  events.jsonl              append-only, while it runs
+  checkpoints/<segment>/                  one part per region, manifest.json last
+  summary.json  report.html  report.md    at the end
 """
 
 import json
@@ -132,4 +132,7 @@ class RunFolder:
 def list_runs(runs: str) -> list[RunFolder]:
     """All runs under a URL, the newest last."""
     fs, path = fsspec.core.url_to_fs(runs)
-    return [RunFolder(str(fs.unstrip_protocol(name.rsplit("/", 1)[0])) if "://" in runs else name.rsplit("/", 1)[0]) for name in sorted(fs.glob(join(path, "*/job.yaml")))]
+    return [
+        RunFolder(str(fs.unstrip_protocol(name.rsplit("/", 1)[0])) if "://" in runs else name.rsplit("/", 1)[0])
+        for name in sorted(fs.glob(join(path, "*/job.yaml")))
+    ]

@@ -62,8 +62,7 @@ def plan_table(plan: Plan) -> RenderableType:
         f"predicted: {duration(plan.seconds)}, {money(plan.usd)}, {size(plan.wan_bytes)} over the WAN; "
         f"a peer is given up after {duration(plan.give_up_s)} out of reach",
     ]
-    for other in plan.alternatives:
-        lines.append(f"rejected: {other.what}: {duration(other.seconds)}, {money(other.usd)} ({other.why_not})")
+    lines += [f"rejected: {other.what}: {duration(other.seconds)}, {money(other.usd)} ({other.why_not})" for other in plan.alternatives]
     return Group(table, *[Text(line) for line in lines])
 
 

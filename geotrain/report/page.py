@@ -53,15 +53,15 @@ def html(summary: Mapping[str, Any], plan: Plan, chart: str, events: Iterable[Ma
     return template.render(summary=summary, plan=plan, chart=chart, events=list(events))
 
 
-def markdown(summary: Mapping[str, Any], plan: Plan, chart: str) -> str:
+def markdown(summary: Mapping[str, Any], chart: str) -> str:
     """The short form, for the Prefect UI: the chart travels inside it."""
     rows = [
         f"| {name} | {show(summary['predicted'][key])} | {show(summary['measured'][key])} |"
         for key, name, show in (("seconds", "training time", duration), ("usd", "cost", money), ("wan_bytes", "over the WAN", size))
     ]
     regions = [
-        f"| {region['region']} | {count(region['samples'])} | {region['seconds']:.1f} | {region['held_s']:.1f} | {size(region['wire_bytes'])} |"
-        for region in summary["regions"]
+        f"| {r['region']} | {count(r['samples'])} | {r['seconds']:.1f} | {r['held_s']:.1f} | {size(r['wire_bytes'])} |"
+        for r in summary["regions"]
     ]
     held_out = ", ".join(f"**{name} {value:.4f}**" for name, value in summary["metrics"].items()) or "no held-out data"
     image = base64.b64encode(chart.encode()).decode()

@@ -26,7 +26,7 @@ def state_of(folder: RunFolder, now: float | None = None) -> dict[str, Any]:
     last = events[-1] if events else {"event": "created"}
     manifest = checkpoint.latest(folder.url)
     status = ENDS.get(last["event"]) or ("silent" if silent_s > SILENT_S else "running" if regions else "starting")
-    metrics = next((event["metrics"] for event in reversed(events) if "metrics" in event), {})
+    metrics: dict[str, float] = next((event["metrics"] for event in reversed(events) if "metrics" in event), {})
     return {
         "run": folder.run,
         "folder": folder.url,

@@ -35,7 +35,9 @@ def summarize(job: JobSpec, plan: Plan, folder: RunFolder, board: Board, totals:
             "wan_bytes": int(sum(total["wire_bytes"] for total in totals.values())),
         },
         "regions": [{"region": region, **total} for region, total in sorted(totals.items())],
-        "links": [{"source": source, "target": target, **link} for source, links in sorted(traffic.items()) for target, link in links.items()],
+        "links": [
+            {"source": source, "target": target, **link} for source, links in sorted(traffic.items()) for target, link in links.items()
+        ],
         "first_step_s": board.first_step_at,
         "stages": [list(stage) for stage in board.stages],
         "seconds": board.snapshot()["seconds"],

@@ -12,7 +12,9 @@ CodecName = Literal["fp32", "bf16"]
 class Codec(Protocol):
     """Encodes 1-D fp32 CPU tensors. What decode(encode(x)) loses is kept by the caller's ErrorFeedback."""
 
-    lossless: bool
+    @property
+    def lossless(self) -> bool:
+        """decode(encode(x)) is x."""
 
     def wire_bytes(self, elements: int) -> int:
         """Exact size of an encoded vector, known before encoding."""

@@ -34,7 +34,9 @@ FORGET_AFTER_ROUNDS = 1000
 class FlightTransport:
     """One leader's endpoint: a Flight server for what comes, a thread and a connection per peer for what goes."""
 
-    def __init__(self, region: str, listen: str, peers: Mapping[str, str], *, token: str, largest_payload: int, give_up_s: float = 120.0) -> None:
+    def __init__(
+        self, region: str, listen: str, peers: Mapping[str, str], *, token: str, largest_payload: int, give_up_s: float = 120.0
+    ) -> None:
         """`peers`: region -> host:port, looked up when a connection is opened, so it may be filled later.
 
         `largest_payload`: bytes; a header that announces more is refused. `give_up_s`: how long a peer may be unreachable.
@@ -103,7 +105,7 @@ class _Server(fl.FlightServerBase):
                 raise fl.FlightServerError(self._note(f"more bytes than announced from {update.origin}"))
             payload[filled : filled + data.size] = np.frombuffer(data, dtype=np.uint8)
             filled += data.size
-        if filled != size or zlib.crc32(payload) != crc:
+        if filled != size or zlib.crc32(payload.data) != crc:
             raise fl.FlightServerError(self._note(f"damaged payload from {update.origin}: {filled} of {size} bytes"))
         self._take(update, payload)
         writer.write(b"taken")
@@ -185,7 +187,7 @@ class _Lane:
         """Send until acknowledged, or until the peer has been unreachable for too long."""
         began, attempt = time.monotonic(), 0
         buffer = payload.numpy()
-        header = {**header_of(update), "token": self.owner.token, "bytes": buffer.nbytes, "crc": zlib.crc32(buffer)}
+        header = {**header_of(update), "token": self.owner.token, "bytes": buffer.nbytes, "crc": zlib.crc32(buffer.data)}
         command = json.dumps(header).encode()
         while not self._closed.is_set():
             try:

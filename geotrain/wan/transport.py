@@ -79,7 +79,7 @@ def update_of(header: dict[str, Any]) -> Update:
     fields: dict[str, type] = {"epoch": int, "origin": str, "round": int, "fragment": int, "samples": int}
     for name, kind in fields.items():
         value = header.get(name)
-        if type(value) is not kind or (kind is int and value < 0):
+        if type(value) is not kind or (isinstance(value, int) and value < 0):
             raise ValueError(f"header field {name} is {value!r}")
     last = header.get("last")
     if last is not None and (type(last) is not int or last < 0):

@@ -26,7 +26,9 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 def part(url: str, region: str, round: int, value: float = 1.0) -> StoredPart:
     where = checkpoint.join(checkpoint.folder(url, round), f"{region}.safetensors")
-    return checkpoint.write_part(region, where, {"w": torch.full((3, 2), value), "n": torch.tensor(7)}, {"round": round, "deep": {"a": [1, 2]}})
+    return checkpoint.write_part(
+        region, where, {"w": torch.full((3, 2), value), "n": torch.tensor(7)}, {"round": round, "deep": {"a": [1, 2]}}
+    )
 
 
 def manifest(url: str, round: int, *parts: StoredPart) -> Manifest:

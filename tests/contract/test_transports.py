@@ -103,7 +103,7 @@ def test_looking_does_not_wait(pair: Pair) -> None:
 
 
 def test_traffic_is_counted_per_link(pair: Pair) -> None:
-    a, b = pair
+    a, _ = pair
     for round in range(3):
         a.send("b", push(round), payload(10_000))
     assert a.drain(20)
@@ -127,7 +127,9 @@ def test_closing_in_the_middle_leaves_no_thread() -> None:
 # Only what goes over a network can fail like a network.
 
 
-def endpoint(name: str, peers: dict[str, str], listen: str = "127.0.0.1:0", token: str = "secret", give_up_s: float = 20.0) -> FlightTransport:
+def endpoint(
+    name: str, peers: dict[str, str], listen: str = "127.0.0.1:0", token: str = "secret", give_up_s: float = 20.0
+) -> FlightTransport:
     made = FlightTransport(name, listen, peers, token=token, largest_payload=1_000_000, give_up_s=give_up_s)
     peers[name] = made.address
     return made

@@ -23,10 +23,10 @@ SYNC = {
 
 def trajectory(sync: dict[str, object]) -> dict[str, list[list[float]]]:
     """Region -> parameters after every third round."""
-    job = parse_job(
-        {"name": "g", "task": "a:B", "regions": [{"name": "a", "data": {"train": "t"}}], "train": {"epochs": 1}, "sync": sync}
+    job = parse_job({"name": "g", "task": "a:B", "regions": [{"name": "a", "data": {"train": "t"}}], "train": {"epochs": 1}, "sync": sync})
+    built = World(
+        strategy_of(job.sync), {"lima": 12, "oslo": 8, "cairo": 12}, 12 // getattr(job.sync, "every", 1), 7, Faults(), job.sync.codec
     )
-    built = World(strategy_of(job.sync), {"lima": 12, "oslo": 8, "cairo": 12}, 12 // getattr(job.sync, "every", 1), 7, Faults(), job.sync.codec)
     built.segment(3 * (12 // getattr(job.sync, "every", 1)))
     return {name: [[round(x, 5) for x in after.tolist()] for r, after in built.after[name].items() if r % 3 == 0] for name in built.names}
 

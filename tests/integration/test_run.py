@@ -112,7 +112,11 @@ def test_killed_and_resumed_is_uninterrupted_to_the_bit(tmp_path: Path, name: st
 @pytest.mark.parametrize("name", ["ma", "asgd_ga"])
 def test_a_stop_drains_to_one_round_and_resumes(tmp_path: Path, name: str) -> None:
     job = points_job(
-        tmp_path, sync=STRATEGIES[name], train={"batch_size": 4, "epochs": 200}, schedule={"segment_rounds": 100_000}, shape={"mbit_per_s": 100, "rtt_ms": 5}
+        tmp_path,
+        sync=STRATEGIES[name],
+        train={"batch_size": 4, "epochs": 200},
+        schedule={"segment_rounds": 100_000},
+        shape={"mbit_per_s": 100, "rtt_ms": 5},
     )
     run = Run.start(job)
 
@@ -170,7 +174,9 @@ def test_two_workers_train_like_one_with_twice_the_batch(tmp_path: Path) -> None
 
 
 def test_a_lost_worker_is_named_and_the_run_resumes(tmp_path: Path) -> None:
-    job = points_job(tmp_path, train={"batch_size": 4, "epochs": 400}, schedule={"segment_rounds": 300}, shape={"mbit_per_s": 100, "rtt_ms": 4})
+    job = points_job(
+        tmp_path, train={"batch_size": 4, "epochs": 400}, schedule={"segment_rounds": 300}, shape={"mbit_per_s": 100, "rtt_ms": 4}
+    )
     run = Run.start(job)
 
     def kill(run: Run, segment: int) -> None:
@@ -218,7 +224,11 @@ def test_data_checkpoints_and_registry_on_s3(tmp_path: Path, bucket: str) -> Non
     for region in tree["regions"]:
         name = region["name"]
         region["data"] = {"train": f"s3://{bucket}/run/{name}/train", "eval": f"s3://{bucket}/run/{name}/eval"}
-        region["storage_options"] = {"endpoint_url": os.environ["AWS_ENDPOINT_URL_S3"], "secret": {"env": "AWS_SECRET_ACCESS_KEY"}, "key": {"env": "AWS_ACCESS_KEY_ID"}}
+        region["storage_options"] = {
+            "endpoint_url": os.environ["AWS_ENDPOINT_URL_S3"],
+            "secret": {"env": "AWS_SECRET_ACCESS_KEY"},
+            "key": {"env": "AWS_ACCESS_KEY_ID"},
+        }
     run = Run.start(JobSpec.model_validate(tree))
     summary = conduct(run)
     assert summary["samples"] == 4 * 400

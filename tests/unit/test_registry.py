@@ -13,7 +13,7 @@ def test_versions_count_up_and_the_champion_is_a_pointer(tmp_path: Path) -> None
     assert registry.champion(url, "m") is None
     assert registry.next_number(url, "m") == 1
     for number in (1, 2):
-        registry.publish(url, "m", made(url, number, accuracy=number / 10))
+        registry.publish(made(url, number, accuracy=number / 10))
     registry.promote(url, "m", 1)
     assert registry.next_number(url, "m") == 3
     champion = registry.champion(url, "m")

@@ -40,7 +40,9 @@ def test_two_equal_regions_save_half_of_one_minus_one_over_r(ratio: float, savin
     inventory = data(paris=int(6000 * ratio), tokyo=6000)
     links = {"mbit_per_s": 1e9, "rtt_ms": 0}
     costs = {
-        kind: make_plan(job(links=links, schedule={"tolerance": 0.0, "scaling_loss": 0.0, "allocate": kind}), inventory, offers(cpu(60), cpu(60)), 1).usd
+        kind: make_plan(
+            job(links=links, schedule={"tolerance": 0.0, "scaling_loss": 0.0, "allocate": kind}), inventory, offers(cpu(60), cpu(60)), 1
+        ).usd
         for kind in ("matched", "all")
     }
     assert 1 - costs["matched"] / costs["all"] == pytest.approx(saving, abs=0.01)

@@ -6,9 +6,7 @@ from hypothesis import strategies as st
 
 from geotrain.plan.power import Offer, allocations, cheapest, compute, efficiency, everything, load_power, usd_per_hour
 
-OFFERS = st.lists(
-    st.builds(Offer, st.just("k"), st.integers(1, 4), st.floats(0.1, 5), st.floats(1, 100)), min_size=1, max_size=3
-)
+OFFERS = st.lists(st.builds(Offer, st.just("k"), st.integers(1, 4), st.floats(0.1, 5), st.floats(1, 100)), min_size=1, max_size=3)
 
 
 @given(OFFERS, st.integers(1, 1000), st.floats(0.001, 1))

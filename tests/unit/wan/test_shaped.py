@@ -46,7 +46,8 @@ def test_a_header_survives_the_wire() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"round": -1}, {"round": "7"}, {"round": True}, {"origin": 3}, {"kind": "bomb"}, {"samples": 1e300}, {"last": -2}, {"epoch": None}]
+    "wrong",
+    [{"round": -1}, {"round": "7"}, {"round": True}, {"origin": 3}, {"kind": "bomb"}, {"samples": 1e300}, {"last": -2}, {"epoch": None}],
 )
 def test_a_wrong_header_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="header field|not a valid"):

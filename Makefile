@@ -1,0 +1,31 @@
+# The front doors: demo, test, lint, bench. Each makes the environment if need be.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOB := deployments/jobs/digits-3-regions.yaml
+
+.PHONY: demo test lint bench env
+
+env: $(VENV)/.made
+
+$(VENV)/.made: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "geotrain needs Python 3.11 or newer; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: env  ## one model, three regions, on this machine
+	@test -d data/digits || $(BIN)/geotrain data digits --regions 3 --skew 0.5
+	$(BIN)/geotrain run $(JOB)
+
+test: env  ## every test
+	$(BIN)/python -m pytest -q --durations=10
+
+lint: env  ## ruff, mypy strict, the layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet . || ($(BIN)/ruff format --diff .; false)
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit/test_layers.py
+
+bench: env  ## every measurement, one after the other; results in bench/results
+	for measurement in overhead startup strategies; do $(BIN)/python -m bench.$$measurement || exit 1; done
