@@ -84,7 +84,7 @@ class TaskFailed(TaskError):
 class ModelMismatch(TaskError):
     fields = ("region", "other", "parameter", "detail")
     says = "the model of region {region} differs from that of {other} at {parameter}: {detail}"
-    remedy = "model() must give the same parameters everywhere: the same code and library versions, and no randomness beyond torch's seeded generator"
+    remedy = "model() must give the same parameters everywhere: same code, same versions, no randomness but torch's seeded generator"
 
 
 class NonFiniteLoss(TaskError):
