@@ -11,7 +11,7 @@ from geotrain.errors import Stopped
 from geotrain.job import load_job
 from geotrain.report.folder import RunFolder
 from geotrain.run import Run, taken_over
-from tasks import analyze_locality, evaluate, merge_fully, provision, publish, report, schedule, synchronize, train_partition
+from tasks import analyze_locality, evaluate, merge_fully, probe, provision, publish, report, schedule, synchronize, train_partition
 
 MOST_REGIONS = 64
 
@@ -50,8 +50,10 @@ def geotrain_resume(run: str) -> Any:
 
 
 def locate_and_plan(run: Run) -> None:
-    """Look at the data where it is, then decide who does how much."""
+    """Look at the data where it is, measure the workers, then decide who does how much."""
     each_region(run, analyze_locality)
+    run.compare()
+    each_region(run, probe)
     schedule(run)
 
 

@@ -135,8 +135,7 @@ def _planned(spec: Any) -> Any:
     with watching(this):
         try:
             with this:
-                this.in_every_region(this.analyze)
-                return this.schedule()
+                return this.look_and_plan()
         finally:
             this.folder.remove()
 

@@ -124,6 +124,13 @@ class Run:
         self.board.enter("stopped")
         self.folder.event("stopped", round=self.round)
 
+    def look_and_plan(self) -> Plan:
+        """The stages before anything is provisioned, without Prefect."""
+        self.in_every_region(self.analyze)
+        self.compare()
+        self.in_every_region(self.probe)
+        return self.schedule()
+
     def in_every_region(self, stage: Callable[..., Any], *args: Any) -> list[Any]:
         """Call one of the stages below for all regions at once, in threads of this process: what flows do through tasks."""
         names = [region.name for region in self.job.regions]
@@ -165,28 +172,38 @@ class Run:
     # The stages, in the order in which a flow calls them.
 
     def analyze(self, region: str) -> Inventory:
-        """What data a region has, and how fast one of its workers is. A resumed run keeps what it knew."""
-        self.board.enter("waiting for clusters, then data locality and a probe")
+        """What data a region has. A resumed run keeps what it knew."""
+        self.board.enter("waiting for the clusters, then looking at the data")
         partition = self.partition(region)
         if self.resumed:
             partition.cluster.ship(self.job.code)
             return self.inventory[region][0]
         self.board.status(region, "reading footers")
-        train, held_out = partition.survey()
-        self.inventory[region] = (train, held_out)
+        self.inventory[region] = partition.survey()
+        self.board.status(region, "data known")
+        return self.inventory[region][0]
+
+    def compare(self) -> None:
+        """The regions' data must have one schema. Raises SchemaMismatch."""
+        for split in (0, 1):
+            if found := [inventory for region in self.job.regions if (inventory := self.inventory[region.name][split])]:
+                check_same_schema(found)
+
+    def probe(self, region: str) -> Probed | None:
+        """How fast one worker of a region is on this task; finds what is wrong with the task. A resumed run knows already."""
+        self.board.enter("measuring the workers' speed on this task")
+        if self.resumed:
+            return None
         self.board.status(region, "probing its speed")
-        self.probed[region] = partition.probe(train, self.folder.url)
+        self.probed[region] = self.partition(region).probe(self.inventory[region][0], self.folder.url)
         self.board.status(region, "probed")
-        return train
+        return self.probed[region]
 
     def schedule(self) -> Plan:
-        """Check that the regions fit together, and decide. Raises SchemaMismatch."""
+        """Decide who does how much; a resumed run keeps its plan."""
         self.board.enter("planning")
         names = [region.name for region in self.job.regions]
         if self.plan is None:
-            for inventories in ([self.inventory[n][0] for n in names], [e for n in names if (e := self.inventory[n][1])]):
-                if inventories:
-                    check_same_schema(inventories)
             offers = {region.name: self._offers(region) for region in self.job.regions}
             payload = max(probed.payload_bytes for probed in self.probed.values())
             self.plan = make_plan(self.job, {name: self.inventory[name][0] for name in names}, offers, payload)

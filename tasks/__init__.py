@@ -5,13 +5,14 @@ server calls that a run must not depend on.
 """
 
 from tasks.partition import evaluate, merge_fully, provision, synchronize, train_partition
-from tasks.placement import analyze_locality, schedule
+from tasks.placement import analyze_locality, probe, schedule
 from tasks.publication import publish, report
 
 __all__ = [
     "analyze_locality",
     "evaluate",
     "merge_fully",
+    "probe",
     "provision",
     "publish",
     "report",

@@ -5,6 +5,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from geotrain.data.inventory import Inventory
+from geotrain.partition.orders import Probed
 from geotrain.plan.planner import Plan
 from geotrain.run import Run
 from tasks import artifacts
@@ -15,6 +16,14 @@ def analyze_locality(run: Run, region: str) -> Inventory:
     found = run.analyze(region)
     get_run_logger().info("%s: %d rows in %d files (%d bytes)", region, found.rows, len(found.shards), found.bytes)
     return found
+
+
+@task(task_run_name="probe[{region}]", cache_policy=NO_CACHE)
+def probe(run: Run, region: str) -> Probed | None:
+    measured = run.probe(region)
+    if measured is not None:
+        get_run_logger().info("%s: %.0f samples/s on one %s", region, measured.samples_per_s, measured.device)
+    return measured
 
 
 @task(task_run_name="schedule", cache_policy=NO_CACHE)

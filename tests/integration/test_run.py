@@ -24,8 +24,7 @@ from tests.making import points_job, write_points
 def conduct(run: Run, before_segment: Callable[[Run, int], None] = lambda run, segment: None) -> dict[str, Any]:
     """What flows.train does, in threads instead of tasks."""
     with run:
-        run.in_every_region(run.analyze)
-        run.schedule()
+        run.look_and_plan()
         run.introduce(run.in_every_region(run.provision))
         for segment in run.segments_left():
             before_segment(run, segment)
