@@ -1,17 +1,52 @@
 """What all flows need: one task per region at a time, and an orderly end."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from prefect import Task
+from prefect import Task, runtime
+from prefect.client.orchestration import get_client
 
 from geotrain.errors import Stopped
 from geotrain.run import Run
 
 WAIT_S = 0.25
+
+
+def begin_server() -> None:
+    """Make sure that there is a Prefect server: the user's, or one embedded in this process, which must outlive a Ctrl-C.
+
+    A terminal signals the whole process group. The embedded server is begun with SIGINT blocked, a mask that it inherits: so the
+    flow can drain, and still tell the server how it ended. Prefect ends the server with the process, by SIGTERM.
+    """
+    interrupted = threading.Event()
+
+    def interrupt(*_: object) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    handler = signal.signal(signal.SIGINT, interrupt)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with get_client(sync_client=True) as client:
+            client.api_version()
+    except Exception as error:
+        if interrupted.is_set():  # some libraries turn an interrupt into an error of their own
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def named_after_job() -> str:
+    """A flow run's name: the job file's, or the run folder's."""
+    parameters = runtime.flow_run.parameters
+    return Path(parameters.get("job") or parameters["run"]).stem
 
 
 def each_region(run: Run, task: Task[..., Any], *args: Any) -> list[Any]:

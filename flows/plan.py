@@ -5,13 +5,13 @@ from typing import Any
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.conduct import stops_in_order
+from flows.conduct import named_after_job, stops_in_order
 from flows.train import MOST_REGIONS, locate_and_plan
 from geotrain.job import load_job
 from geotrain.run import Run, taken_over
 
 
-@flow(name="geotrain-plan", flow_run_name="{job}", task_runner=ThreadPoolTaskRunner(max_workers=MOST_REGIONS))
+@flow(name="geotrain-plan", flow_run_name=named_after_job, task_runner=ThreadPoolTaskRunner(max_workers=MOST_REGIONS))
 def geotrain_plan(job: str, overrides: dict[str, Any] | None = None, run: str = "") -> dict[str, Any]:
     """Analyse where the data is and how fast the workers are, and print the plan.
 

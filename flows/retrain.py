@@ -7,7 +7,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.conduct import stops_in_order
+from flows.conduct import named_after_job, stops_in_order
 from flows.train import MOST_REGIONS, ended, locate_and_plan, train_and_publish
 from geotrain import registry
 from geotrain.errors import JobError, Stopped
@@ -15,7 +15,7 @@ from geotrain.job import load_job
 from geotrain.run import Run, taken_over
 
 
-@flow(name="geotrain-retrain", flow_run_name="{job}", task_runner=ThreadPoolTaskRunner(max_workers=MOST_REGIONS))
+@flow(name="geotrain-retrain", flow_run_name=named_after_job, task_runner=ThreadPoolTaskRunner(max_workers=MOST_REGIONS))
 def geotrain_retrain(job: str, overrides: dict[str, Any] | None = None, run: str = "") -> Any:
     """Train again from the champion when any region has new data; otherwise say so and stop.
 

@@ -6,7 +6,7 @@ from prefect import flow
 from prefect.states import Cancelled, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.conduct import each_region, stops_in_order
+from flows.conduct import each_region, named_after_job, stops_in_order
 from geotrain.errors import Stopped
 from geotrain.job import load_job
 from geotrain.report.folder import RunFolder
@@ -16,7 +16,7 @@ from tasks import analyze_locality, evaluate, merge_fully, probe, provision, pub
 MOST_REGIONS = 64
 
 
-@flow(name="geotrain-train", flow_run_name="{job}", task_runner=ThreadPoolTaskRunner(max_workers=MOST_REGIONS))
+@flow(name="geotrain-train", flow_run_name=named_after_job, task_runner=ThreadPoolTaskRunner(max_workers=MOST_REGIONS))
 def geotrain_train(job: str, overrides: dict[str, Any] | None = None, run: str = "") -> Any:
     """Train one model on data that lives in several regions, without moving the data.
 
@@ -33,7 +33,7 @@ def geotrain_train(job: str, overrides: dict[str, Any] | None = None, run: str =
             return ended(this, stopped)
 
 
-@flow(name="geotrain-resume", flow_run_name="{run}", task_runner=ThreadPoolTaskRunner(max_workers=MOST_REGIONS))
+@flow(name="geotrain-resume", flow_run_name=named_after_job, task_runner=ThreadPoolTaskRunner(max_workers=MOST_REGIONS))
 def geotrain_resume(run: str) -> Any:
     """Continue a run from its newest checkpoint.
 

@@ -1,5 +1,6 @@
 """geotrain's command line, and its composition root: here the flows, the library and the terminal meet."""
 
+import importlib
 import os
 import sys
 import threading
@@ -163,8 +164,7 @@ def resume(run: RunId, runs: Runs = "runs", shape: Shape = Format.text) -> None:
 
 
 def _flow(module: str, name: str) -> Any:
-    import importlib
-
+    """From the Prefect side, which takes seconds to import: only once the clusters are opening."""
     return getattr(importlib.import_module(module), name)
 
 
@@ -179,6 +179,7 @@ def _conduct(this: Any, shape: Format, flow: Callable[[], Any]) -> None:
     try:
         with watching(this), this:  # entered here too, for what may happen before the flow takes it over
             hand_over(this)
+            _flow("flows.conduct", "begin_server")()
             state = flow()
     finally:
         guard.stop()

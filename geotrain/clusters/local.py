@@ -22,6 +22,7 @@ class RegionLocalCluster(distributed.LocalCluster):
             dashboard_address="127.0.0.1:0",
             host="127.0.0.1",
             silence_logs=logging.CRITICAL,
+            preload=["geotrain.clusters.detach"],
         )
         self.scale(1)
 
