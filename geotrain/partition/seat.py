@@ -17,6 +17,7 @@ from geotrain.errors import BadCheckpoint, Stopped, TaskError, TaskFailed, Worke
 from geotrain.job import JobSpec
 from geotrain.partition.flat import FlatModel, sha256
 from geotrain.partition.group import Alone, Directive, Group, Together
+from geotrain.partition.memory import keep_freed_memory
 from geotrain.partition.orders import Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder
 from geotrain.partition.progress import Reporter
 from geotrain.partition.server import ParameterServer, Totals
@@ -218,6 +219,7 @@ def make_trainer(
     job: JobSpec, region: str, train: Inventory, rank: int, world: int, rendezvous: str | None, rounds_per_epoch: int
 ) -> Trainer:
     """The task's model, flat, with its optimizer and its rows. Raises TaskImportError, TaskFailed."""
+    keep_freed_memory()
     torch.set_num_threads(job.train.threads)
     task = load_task(region, job.task, job.task_args)
     torch.manual_seed(job.train.seed)

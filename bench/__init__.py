@@ -1,0 +1,1 @@
+"""Measurements, each one command: python -m bench.overhead, bench.startup, bench.strategies. Results: bench/results/*.json."""
