@@ -2,7 +2,8 @@
 
 import queue
 import threading
-from collections import OrderedDict
+import time
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +18,9 @@ from geotrain.errors import UnreadableShard
 from geotrain.job import RegionSpec
 
 CACHE_BYTES = 256 * 2**20
-AHEAD = 4
+BURST, BURST_S = 16, 0.01
+"""The most items handed over at once, and the most time that is spent on gathering them."""
+BURSTS_AHEAD = 2
 
 
 class Reader:
@@ -50,16 +53,17 @@ def window_table(book: LeaseBook, window: Window, read: Callable[[RowGroup], pa.
     """The rows of a window in training order."""
     tables = [read(book.groups[lease.group]) for lease in window.leases]
     offsets = np.cumsum([0, *(table.num_rows for table in tables)])
-    order = window.order()
-    rows = np.empty(len(order), dtype=np.int64)
-    for position, lease in enumerate(window.leases):
-        rows[order == position] = book.permutation(lease) + offsets[position]
+    rows = np.empty(window.rows, dtype=np.int64)
+    by_lease = np.argsort(window.order(), kind="stable")
+    rows[by_lease] = np.concatenate([book.permutation(lease) + start for lease, start in zip(window.leases, offsets, strict=False)])
     return pa.concat_tables(tables).take(pa.array(rows)).combine_chunks()
 
 
-def record_batches(book: LeaseBook, worker: int, batch_size: int, read: Callable[[RowGroup], pa.Table]) -> Iterator[pa.RecordBatch]:
-    """A worker's remaining rows of the epoch, `batch_size` at a time; the last batch may be smaller."""
-    skip, rest = book.used[worker], None
+def record_batches(
+    book: LeaseBook, worker: int, batch_size: int, read: Callable[[RowGroup], pa.Table], skip: int = 0
+) -> Iterator[pa.RecordBatch]:
+    """A worker's rows of the epoch after the first `skip`, `batch_size` at a time; the last batch may be smaller."""
+    rest = None
     for window in book.windows(worker):
         if skip >= window.rows:
             skip -= window.rows
@@ -75,40 +79,51 @@ def record_batches(book: LeaseBook, worker: int, batch_size: int, read: Callable
 
 
 class Prefetched:
-    """Runs an iterator in a thread, `AHEAD` items ahead. Errors of the iterator are raised where its items are taken."""
+    """Runs an iterator in a thread, some items ahead. Errors of the iterator are raised where its items are taken.
+
+    Items that are quick to make are handed over in bursts: two threads that meet at every item take turns at the interpreter's
+    lock, which costs a small model's training step more than making its batch does.
+    """
 
     def __init__(self, items: Iterator[Any]) -> None:
-        self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(AHEAD)
+        self._queue: queue.Queue[tuple[list[Any], BaseException | None]] = queue.Queue(BURSTS_AHEAD)
+        self._burst: deque[Any] = deque()
+        self._error: BaseException | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._fill, args=(items,), name="geotrain-batches", daemon=True)
         self._thread.start()
 
     def _fill(self, items: Iterator[Any]) -> None:
+        burst: list[Any] = []
+        began = time.monotonic()
         try:
             for item in items:
-                self._put(("item", item))
-                if self._closed.is_set():
-                    return
-            self._put(("end", None))
+                burst.append(item)
+                if len(burst) == BURST or time.monotonic() - began > BURST_S:
+                    self._put(burst, None)
+                    if self._closed.is_set():
+                        return
+                    burst, began = [], time.monotonic()
+            self._put(burst, StopIteration())
         except BaseException as error:
-            self._put(("error", error))
+            self._put(burst, error)
 
-    def _put(self, entry: tuple[str, Any]) -> None:
+    def _put(self, burst: list[Any], error: BaseException | None) -> None:
         while not self._closed.is_set():
             try:
-                self._queue.put(entry, timeout=0.1)
+                self._queue.put((burst, error), timeout=0.1)
                 return
             except queue.Full:
                 continue
 
     def take(self) -> Any:
-        """The next item, or None at the end."""
-        kind, value = self._queue.get()
-        if kind == "error":
-            raise value
-        if kind == "end":
-            self._queue.put((kind, value))
-        return value
+        """The next item. Raises what the iterator raised; StopIteration at its end."""
+        while not self._burst:
+            if self._error is not None:
+                raise self._error
+            burst, self._error = self._queue.get()
+            self._burst.extend(burst)
+        return self._burst.popleft()
 
     def close(self) -> None:
         self._closed.set()

@@ -1,5 +1,6 @@
 """The parameter server: carries out the RoundMachine's instructions with a replica and a transport, in the training thread."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -81,7 +82,9 @@ class ParameterServer:
     _payloads: dict[tuple[str, int, str, int, int], Tensor] = field(default_factory=dict)
     _changed: bool = False
     _stop_told: bool = False
-    _round_loss: Tensor | None = None
+    _losses: list[tuple[Tensor, int]] = field(default_factory=list)
+    """Of the round so far: (mean, rows) per inner step, left on the device until the round is full."""
+    _round_loss: float = 0.0
     _round_held_s: float = 0.0
     _held_since: float | None = None
 
@@ -97,11 +100,15 @@ class ParameterServer:
         `loss`: the step's mean, a detached scalar. Raises FloatingPointError at the end of a round whose loss is not finite,
         before anything of it leaves the region.
         """
-        weighted = loss * samples
-        self._round_loss = weighted if self._round_loss is None else self._round_loss + weighted
+        at = self.machine.at
+        self._losses.append((loss, samples))
         self.totals.steps += 1
-        if self.machine.at.steps + 1 >= self.machine.at.pace.steps(self.machine.at.round) and not torch.isfinite(self._round_loss):
-            raise FloatingPointError(f"loss in round {self.machine.at.round}")
+        if at.steps + 1 >= at.pace.steps(at.round):
+            weights = torch.tensor([rows for _, rows in self._losses], dtype=loss.dtype, device=loss.device)
+            self._round_loss = (torch.stack([mean for mean, _ in self._losses]) * weights).sum().item()
+            self._losses.clear()
+            if not math.isfinite(self._round_loss):
+                raise FloatingPointError(f"loss in round {at.round}")
         self.handle(StepDone(samples, self.clock()))
         return self._directive()
 
@@ -172,12 +179,11 @@ class ParameterServer:
 
     def _close_round(self, closed: RoundClosed) -> None:
         self._count_hold()
-        loss = self._round_loss.item() if self._round_loss is not None else 0.0
         self.totals.samples += closed.samples
-        self.totals.loss += loss
-        mean = loss / closed.samples if closed.samples else None
+        self.totals.loss += self._round_loss
+        mean = self._round_loss / closed.samples if closed.samples else None
         self.report(RoundRecord(self.region, closed.round, time.time(), closed.samples, mean, round(self._round_held_s, 6)))
-        self._round_loss, self._round_held_s = None, 0.0
+        self._round_loss = self._round_held_s = 0.0
 
     def drain(self) -> None:
         """Wait until the peers have acknowledged everything; the segment's own end says that they will."""

@@ -43,9 +43,11 @@ class Rows:
         if epoch not in self.books:
             for old in [known for known in self.books if known < epoch - 1]:
                 del self.books[old]
-            mix = self.train.mix_row_groups
-            self.books[epoch] = LeaseBook(self.groups, seed=self.train.seed, epoch=epoch, workers=self.world, mix=mix)
+            self.books[epoch] = self._new_book(epoch)
         return self.books[epoch]
+
+    def _new_book(self, epoch: int) -> LeaseBook:
+        return LeaseBook(self.groups, seed=self.train.seed, epoch=epoch, workers=self.world, mix=self.train.mix_row_groups)
 
     def steps_in(self, epoch: int) -> int:
         """Inner steps of an epoch: those of the worker with the most rows."""
@@ -53,15 +55,18 @@ class Rows:
 
     def next(self, epoch: int) -> tuple[Any | None, list[int]]:
         """(this worker's batch or None, rows of each worker) of the next inner step."""
-        if epoch != self.epoch or self.stream is None:
-            self.close()
-            self.epoch = epoch
-            self.stream = Prefetched(self._batches(self.book(epoch)))
+        if self.stream is None:
+            book = self.book(epoch)
+            self.stream = Prefetched(self._batches(book, skip=book.used[self.rank]))
+        self.epoch = epoch
         taken = self.book(epoch).take(self.train.batch_size)
         return (self.stream.take() if taken[self.rank] else None), taken
 
-    def _batches(self, book: LeaseBook) -> Iterator[Any]:
-        yield from map(self.to_batch, record_batches(book, self.rank, self.train.batch_size, self.reader.read))
+    def _batches(self, book: LeaseBook, skip: int) -> Iterator[Any]:
+        """This worker's batches from here on, epoch after epoch: the next one is read while this one ends."""
+        while True:
+            yield from map(self.to_batch, record_batches(book, self.rank, self.train.batch_size, self.reader.read, skip))
+            book, skip = self._new_book(book.epoch + 1), 0
 
     def restore(self, cursor: dict[str, Any]) -> None:
         self.close()
@@ -96,7 +101,8 @@ class Trainer:
         directive = self.group.follow(first, self.flat.vector)
         round = -1
         while not directive.over:
-            alive()
+            if self.server is None:
+                alive()
             if directive.round != round:
                 round = directive.round
                 torch.manual_seed(self._seed_of(round))
@@ -125,16 +131,16 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         else:
             gradients.zero_()
-        loss = torch.zeros((), device=self.flat.vector.device)
         if batch is not None:
             with self.autocast():
                 loss = self.task.loss(self.flat.model, on_device(batch, self.flat.vector.device))
             loss.backward()
-            loss = loss.detach()
-        if gradients is not None:
-            gradients[-1] = loss
+            if gradients is None:
+                return loss.detach()
+            gradients[-1] = loss.detach()
+        assert gradients is not None, "a region's only worker always has a batch"
         self.group.average(gradients, share)
-        return loss if gradients is None else gradients[-1].clone()
+        return gradients[-1].clone()
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "fp32":

@@ -25,7 +25,7 @@ def written(folder: Path, rows: int = 95) -> LeaseBook:
 
 def numbers(book: LeaseBook, folder: Path) -> list[list[int]]:
     reader = Reader(region(folder), ["n"])
-    return [batch.column("n").to_pylist() for batch in record_batches(book, 0, 8, reader.read)]
+    return [batch.column("n").to_pylist() for batch in record_batches(book, 0, 8, reader.read, skip=book.used[0])]
 
 
 def test_batches_hold_every_row_once_and_only_the_last_is_small(tmp_path: Path) -> None:
@@ -66,5 +66,5 @@ def test_prefetching_raises_where_items_are_taken_and_closes() -> None:
 
 def test_prefetching_stops_in_the_middle() -> None:
     ahead = Prefetched(iter(range(10**9)))
-    assert [ahead.take() for _ in range(3)] == [0, 1, 2]
+    assert [ahead.take() for _ in range(50)] == list(range(50))
     ahead.close()

@@ -1,0 +1,119 @@
+"""A Prefect server, a worker and the shipped deployments, by the commands of the README."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from geotrain.examples import make_example, region_names
+from tests.s3 import free_port
+
+ROOT = Path(__file__).parents[2]
+PREFECT = [sys.executable, "-m", "prefect"]
+
+
+def ask(api: str, path: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(f"{api}/{path}", json.dumps(body).encode(), {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
+
+
+@pytest.fixture(scope="module")
+def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a user whose server and worker are up and whose deployments are made."""
+    port = free_port()
+    api = f"http://127.0.0.1:{port}/api"
+    env = {
+        **os.environ,
+        "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")),
+        "PREFECT_SERVER_API_PORT": str(port),
+        "PREFECT_API_URL": api,
+    }
+    log = (tmp_path_factory.mktemp("log") / "log").open("w")
+
+    def start(*words: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([*PREFECT, *words], env=env, stdout=log, stderr=log, cwd=ROOT)
+
+    def run(*words: str) -> None:
+        subprocess.run([*PREFECT, *words], env=env, check=True, stdout=log, stderr=log, cwd=ROOT, timeout=120)
+
+    server = start("server", "start")
+    worker = None
+    try:
+        until = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"{api}/health", timeout=2).close()
+                break
+            except OSError:
+                assert time.monotonic() < until, "no Prefect server"
+                time.sleep(0.5)
+        run("work-pool", "create", "geotrain", "--type", "process")
+        run("--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml")
+        worker = start("worker", "start", "--pool", "geotrain")
+        yield env
+    finally:
+        for process in filter(None, (worker, server)):
+            process.terminate()
+            process.wait(timeout=60)
+        log.close()
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The shipped job, on data and with an output of this test's own, and shorter."""
+    root = tmp_path_factory.mktemp("digits")
+    make_example("digits", root / "data", region_names(3), skew=0.5, rows=600, seed=0)
+    data = {
+        f"regions.{name}.data.{split}": str(root / "data" / name / split)
+        for name in ("tokyo", "frankfurt", "virginia")
+        for split in ("train", "eval")
+    }
+    return {
+        **data,
+        "output.url": str(root / "runs"),
+        "registry.url": str(root / "registry"),
+        "train.epochs": 4,
+        "schedule.segment_rounds": 5,
+    }
+
+
+def flow_run(env: dict[str, str], deployment: str, overrides: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Run a deployment to its end; (flow run, task runs)."""
+    command = [*PREFECT, "deployment", "run", deployment, "-p", f"overrides={json.dumps(overrides)}", "--watch"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT, timeout=240)
+    assert done.returncode == 0, done.stdout[-3000:]
+    api = env["PREFECT_API_URL"]
+    flow = ask(api, "flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 1})[0]
+    return flow, ask(api, "task_runs/filter", {"flow_runs": {"id": {"any_": [flow["id"]]}}, "limit": 200})
+
+
+@pytest.mark.timeout(600)
+def test_the_deployments_train_and_retrain(prefect: dict[str, str], overrides: dict[str, Any]) -> None:
+    flow, tasks = flow_run(prefect, "geotrain-train/digits", overrides)
+    assert (flow["name"], flow["state"]["name"]) == ("digits-3-regions", "Completed")
+    names = {task["name"] for task in tasks}
+    for region in ("tokyo", "frankfurt", "virginia"):
+        stages = ("analyze_locality[{}]", "probe[{}]", "provision[{}]", "train_partition[{}] 1/", "evaluate[{}]")
+        for stage in stages:
+            assert any(name.startswith(stage.format(region)) for name in names), (stage, region)
+    assert {"schedule", "publish", "report"} <= names
+    assert any(name.startswith("synchronize 1/") for name in names)
+    assert {task["state"]["name"] for task in tasks} == {"Completed"}
+
+    kinds = {(artifact["type"], artifact["key"]) for artifact in ask(prefect["PREFECT_API_URL"], "artifacts/filter", {})}
+    assert {("table", "digits-plan"), ("markdown", "digits-report"), ("progress", "digits-tokyo-progress")} <= kinds
+
+    flow, tasks = flow_run(prefect, "geotrain-retrain/digits-nightly", overrides)
+    assert flow["state"]["message"] == "no new data since version 1: nothing to train"
+    assert not any(task["name"].startswith("train_partition") for task in tasks)
+
+    schedules = [s for d in ask(prefect["PREFECT_API_URL"], "deployments/filter", {}) for s in d["schedules"]]
+    assert [schedule["active"] for schedule in schedules] == [False]
