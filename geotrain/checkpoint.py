@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 
 from geotrain.errors import BadCheckpoint, OutputUnwritable
+from geotrain.stores import STORE_ERRORS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # torch is imported where tensors are touched: manifests are read and committed in the flow's process, which has none.
-
-WRITE_ERRORS = (OSError, ValueError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +42,8 @@ class Manifest:
     """Of the view."""
     samples: int
     """Trained so far, all regions."""
+    parent: int | None
+    """The registry's version that the run began from."""
     metrics: dict[str, float]
     totals: dict[str, dict[str, float]]
     """Region -> what it added up to so far: samples, seconds, held_s, wire_bytes."""
@@ -71,7 +72,7 @@ def write_bytes(who: str, url: str, content: bytes) -> None:
             file.write(content)
         if local:
             fs.mv(f"{path}.tmp", path)
-    except WRITE_ERRORS as error:
+    except STORE_ERRORS as error:
         raise OutputUnwritable(who, url, str(error) or type(error).__name__) from error
 
 
@@ -114,7 +115,7 @@ def read_part(part: StoredPart) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
     """(tensors by name, facts). Raises BadCheckpoint when the file is absent or not what the manifest says."""
     try:
         content = read_bytes(part.url)
-    except OSError as error:
+    except STORE_ERRORS as error:
         raise BadCheckpoint(part.url, f"it cannot be read: {error}") from error
     if hashlib.sha256(content).hexdigest() != part.sha256:
         raise BadCheckpoint(part.url, "its content does not match the manifest's SHA-256")

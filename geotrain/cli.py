@@ -13,9 +13,9 @@ import typer
 import yaml
 from rich.live import Live
 
-from geotrain import __version__, guard
+from geotrain import __version__, checkpoint, guard
 from geotrain.answers import Format, answering, answers, envelope, people
-from geotrain.errors import GeotrainError, JobError
+from geotrain.errors import GeotrainError, JobError, Stopped
 from geotrain.examples import ExampleName, make_example, region_names
 from geotrain.job import load_job
 from geotrain.report.folder import RunFolder, list_runs
@@ -170,7 +170,6 @@ def _flow(module: str, name: str) -> Any:
 
 def _conduct(this: Any, shape: Format, flow: Callable[[], Any]) -> None:
     """Show a run's way through its flow; answer with its summary."""
-    from geotrain.errors import Stopped
     from geotrain.run import hand_over
 
     people.print(f"run [bold]{this.id}[/]  {this.folder.url}")
@@ -181,6 +180,10 @@ def _conduct(this: Any, shape: Format, flow: Callable[[], Any]) -> None:
             hand_over(this)
             _flow("flows.conduct", "begin_server")()
             state = flow()
+    except KeyboardInterrupt:
+        if checkpoint.latest(this.folder.url) is None:
+            raise
+        raise Stopped(this.id) from None
     finally:
         guard.stop()
     if state.is_cancelled():

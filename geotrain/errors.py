@@ -6,7 +6,7 @@
     │   ├── TaskImportError                it cannot be imported on a worker
     │   ├── TaskFailed                     it raised
     │   ├── ModelMismatch                  regions built different models
-    │   └── NonFiniteLoss                  a loss is NaN or infinite
+    │   └── NonFiniteLoss                  the loss, or a parameter, is NaN or infinite
     ├── DataError                      4   the data of a region
     │   ├── DataUnreachable                no such bucket, folder or credentials
     │   ├── UnreadableShard                not Parquet, truncated
@@ -19,6 +19,7 @@
     │   └── WorkerLost
     ├── WanError                       6   between the regions
     │   ├── PeerUnreachable
+    │   ├── CannotListen
     │   ├── UpdateRefused
     │   └── Diverged                       replicas that must be equal are not
     ├── StateError                     7   run folders, checkpoints, the registry
@@ -89,7 +90,7 @@ class ModelMismatch(TaskError):
 
 class NonFiniteLoss(TaskError):
     fields = ("region", "round", "files")
-    says = "region {region}: the loss became NaN or infinite in round {round}, on rows of {files}; nothing of that round left the region"
+    says = "region {region}: the loss or the parameters became NaN or infinite in round {round}, on rows of {files}; nothing of it left the region"
     remedy = "look for missing or extreme values there, or lower the learning rate; the last checkpoint is intact"
 
 
@@ -157,6 +158,12 @@ class PeerUnreachable(WanError):
     fields = ("region", "peer", "address", "detail")
     says = "region {region} cannot reach {peer} at {address}: {detail}"
     remedy = "check {peer}'s wan.advertise and the firewall between the two"
+
+
+class CannotListen(WanError):
+    fields = ("region", "address", "detail")
+    says = "region {region}: the leader cannot listen on {address}: {detail}"
+    remedy = "free that port, or let `wan.listen` end in :0 to take any"
 
 
 class UpdateRefused(WanError):

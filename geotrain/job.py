@@ -25,6 +25,7 @@ ImportPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 HostPort = Annotated[str, Field(pattern=r"^[\w.\-\[\]:]+:\d{1,5}$")]
 
 SECRET_OPTION = re.compile(r"secret|token|passw|^key$|_key$|credential", re.IGNORECASE)
+WILDCARD = ("0.0.0.0:", "[::]:")
 LOOPBACK = ("127.", "localhost:", "[::1]:")
 
 
@@ -100,6 +101,8 @@ class WanEndpoint(Spec):
             raise ValueError(
                 f"listening on {self.listen} sends updates unencrypted; keep to 127.0.0.1, or set plaintext: true inside a VPN"
             )
+        if self.listen.startswith(WILDCARD) and self.advertise is None:
+            raise ValueError(f"listening on {self.listen} tells nobody where to dial: add advertise: host:port")
         return self
 
 
@@ -110,8 +113,15 @@ class RegionSpec(Spec):
     """Options for fsspec (`endpoint_url`, `key`, ...). Secrets by reference only: `secret: {env: TOKYO_SECRET}`."""
     cluster: Cluster = LocalCluster()
     devices: Annotated[tuple[Device, ...], Field(min_length=1)] = (Device(),)
-    """What there is to train on, the preferred kind first."""
+    """What there is to train on: one entry, since a region's workers step together."""
     wan: WanEndpoint = WanEndpoint()
+
+    @field_validator("devices")
+    @classmethod
+    def _one_kind(cls, devices: tuple[Device, ...]) -> tuple[Device, ...]:
+        if len(devices) > 1:
+            raise ValueError("a region's workers step together, so they are of one kind: give one entry, or make two regions of it")
+        return devices
 
     @field_validator("storage_options")
     @classmethod
@@ -169,7 +179,7 @@ class TrainSpec(Spec):
     """Rows to train on, all regions together; instead of epochs."""
     until: MetricGoal | None = None
     """Stop at the first segment whose held-out metric reaches this; epochs or samples stay the upper bound."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast; parameters and updates to them stay fp32."""
     threads: Count = 1

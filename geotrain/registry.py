@@ -7,7 +7,6 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import fsspec
 
@@ -84,7 +83,3 @@ def beats(challenger: Mapping[str, float], reigning: Version | None, metric: str
         return True, f"the champion has no {metric}"
     better = new >= old if higher_is_better else new <= old
     return better, f"{metric} {new:.4f} against the champion's {old:.4f} (version {reigning.number})"
-
-
-def to_dict(version: Version) -> dict[str, Any]:
-    return asdict(version)

@@ -15,7 +15,7 @@ from geotrain import checkpoint, registry
 from geotrain.checkpoint import Manifest
 from geotrain.clusters import RegionCluster, open_cluster, quiet_dask
 from geotrain.data.inventory import Inventory, check_same_schema
-from geotrain.errors import Diverged, GeotrainError, ModelMismatch, NothingToResume, Stopped
+from geotrain.errors import Diverged, GeotrainError, JobError, ModelMismatch, NothingToResume, Stopped
 from geotrain.job import JobSpec, RegionSpec
 from geotrain.metrics import add_sums, means
 from geotrain.partition.orders import Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder
@@ -60,10 +60,13 @@ class Run:
         self._clusters: dict[str, Future[RegionCluster]] = {}
         self._threads = ThreadPoolExecutor(max_workers=len(job.regions), thread_name_prefix="geotrain-open")
         self._flushed_at = 0.0
+        self._closed = False
         self._lock = threading.Lock()
         if resumed:
             self.plan = Plan.from_dict(folder.read_json("plan.json"))
             self.inventory = _inventories(folder.read_json("inventory.json"))
+            if resumed.parent is not None and job.registry is not None:
+                self.warm_start = registry.version(job.registry.url, job.registry.model, resumed.parent)
 
     @classmethod
     def start(cls, job: JobSpec) -> "Run":
@@ -101,6 +104,9 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self.control.abort.set()
+        if self._closed:
+            return
+        self._closed = True
         if error is not None:
             self._note_end(error)
         closers = [threading.Thread(target=self._close, args=(name,)) for name in self._clusters]
@@ -265,6 +271,8 @@ class Run:
     def segments_left(self) -> list[int]:
         """Numbers of the segments still to train; they count from 1."""
         assert self.plan is not None
+        if self.resumed and self._goal_reached(self.resumed.metrics):
+            return []
         return [s for s in range(1, self.plan.segments + 1) if self.plan.segment_end(s) > self.round]
 
     @property
@@ -290,7 +298,7 @@ class Run:
             raise Diverged(max(rounds), hashes)
         self.round = rounds.pop()
         for part in done:
-            self._add_up(part)
+            self._add_up(part.region, part.traffic, samples=part.samples, seconds=part.seconds, held_s=part.held_s)
         self.metrics = means(add_sums([part.metrics for part in sorted(done, key=lambda part: part.region)]))
         self.board.metrics = self.metrics
         manifest = Manifest(
@@ -299,6 +307,7 @@ class Run:
             round=self.round,
             epoch=self.resumed.epoch + 1 if self.resumed else 0,
             samples=int(sum(total["samples"] for total in self.totals.values())),
+            parent=self.warm_start.number if self.warm_start else None,
             metrics=self.metrics,
             totals=self.totals,
             parts=tuple(part.part for part in done),
@@ -307,23 +316,25 @@ class Run:
         checkpoint.prune(self.folder.url, KEEP_CHECKPOINTS)
         self.folder.event("segment", segment=segment, round=self.round, metrics=self.metrics, hashes=hashes, samples=manifest.samples)
         self.folder.flush()
-        goal = self.job.train.until
-        return self.round >= self.plan.rounds or bool(goal and goal.metric in self.metrics and goal.reached(self.metrics[goal.metric]))
+        return self.round >= self.plan.rounds or self._goal_reached(self.metrics)
 
-    def _add_up(self, part: SegmentDone) -> None:
-        earlier = self.traffic.get(part.region, {})
-        sent = {to: link["wire_bytes"] - earlier.get(to, {}).get("wire_bytes", 0) for to, link in part.traffic.items()}
-        egress_usd = sum(size / 1e9 * self.job.link(part.region, to).usd_per_gb for to, size in sent.items())
-        self.traffic[part.region] = part.traffic
-        before = self.totals.get(part.region, {})
-        new = {
-            "samples": part.samples,
-            "seconds": part.seconds,
-            "held_s": part.held_s,
-            "wire_bytes": sum(sent.values()),
-            "egress_usd": egress_usd,
-        }
-        self.totals[part.region] = {key: before.get(key, 0) + value for key, value in new.items()}
+    def _goal_reached(self, metrics: Mapping[str, float]) -> bool:
+        goal = self.job.train.until
+        if goal is None:
+            return False
+        if goal.metric not in metrics:
+            raise JobError(f"train.until: the task evaluates no '{goal.metric}'; it has: {', '.join(sorted(metrics))}")
+        return goal.reached(metrics[goal.metric])
+
+    def _add_up(self, region: str, traffic: dict[str, dict[str, Any]], **more: float) -> None:
+        """Add to a region's totals: what it did, and what it sent since the last time."""
+        earlier = self.traffic.get(region, {})
+        sent = {to: link["wire_bytes"] - earlier.get(to, {}).get("wire_bytes", 0) for to, link in traffic.items()}
+        self.traffic[region] = traffic
+        more["wire_bytes"] = sum(sent.values())
+        more["egress_usd"] = sum(size / 1e9 * self.job.link(region, to).usd_per_gb for to, size in sent.items())
+        before = self.totals.get(region, {})
+        self.totals[region] = {**before, **{key: before.get(key, 0) + value for key, value in more.items()}}
 
     @property
     def needs_final_merge(self) -> bool:
@@ -332,7 +343,10 @@ class Run:
 
     def merge_fully(self, region: str) -> str:
         self.board.enter("final merge")
-        return self.partitions[region].merge_fully(dict(self.peers))
+        digest, traffic = self.partitions[region].merge_fully(dict(self.peers))
+        with self._lock:
+            self._add_up(region, traffic)
+        return digest
 
     def evaluate(self, region: str) -> dict[str, tuple[float, float]]:
         """Held-out sums and counts, computed in the region."""

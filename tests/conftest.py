@@ -18,6 +18,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.s3 import bucket, s3_server
+
+__all__ = ["bucket", "s3_server"]
+
 settings.register_profile("geotrain", deadline=None, derandomize=True)
 settings.load_profile("geotrain")
 torch.set_num_threads(1)

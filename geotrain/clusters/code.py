@@ -1,6 +1,7 @@
 """The user's own code on every worker: packed once, unpacked where a worker starts."""
 
 import hashlib
+import importlib
 import io
 import sys
 import zipfile
@@ -35,14 +36,22 @@ def pack(paths: tuple[str, ...]) -> bytes:
 
 
 class CodePlugin(WorkerPlugin):
-    """Unpacks an archive beside the worker and puts it first on the import path."""
+    """Unpacks an archive beside the worker and puts it first on the import path, in the place of any that came before.
+
+    A worker that outlives a run would otherwise go on with the modules of the run before.
+    """
 
     def __init__(self, archive: bytes) -> None:
         self.archive = archive
 
     def setup(self, worker: Any) -> None:
-        target = Path(worker.local_directory) / f"code-{hashlib.sha256(self.archive).hexdigest()[:12]}"
+        home = Path(worker.local_directory) / "geotrain-code"
+        target = home / hashlib.sha256(self.archive).hexdigest()[:12]
         with zipfile.ZipFile(io.BytesIO(self.archive)) as archive:
             archive.extractall(target)
-        if str(target) not in sys.path:
-            sys.path.insert(0, str(target))
+        sys.path[:] = [str(target), *(path for path in sys.path if home not in Path(path).parents)]
+        for name, module in list(sys.modules.items()):
+            file = getattr(module, "__file__", None)
+            if file and home in Path(file).parents:
+                del sys.modules[name]
+        importlib.invalidate_caches()

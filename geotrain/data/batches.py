@@ -16,6 +16,7 @@ from geotrain.data.leases import LeaseBook, Window
 from geotrain.data.store import open_store
 from geotrain.errors import UnreadableShard
 from geotrain.job import RegionSpec
+from geotrain.stores import STORE_ERRORS
 
 CACHE_BYTES = 256 * 2**20
 BURST, BURST_S = 16, 0.01
@@ -40,7 +41,7 @@ class Reader:
         try:
             with fs.open(path, "rb") as file:
                 table = pq.ParquetFile(file).read_row_group(group.index, columns=self.columns).combine_chunks()
-        except (pa.ArrowException, OSError, ValueError, IndexError) as error:
+        except (pa.ArrowException, IndexError, *STORE_ERRORS) as error:
             raise UnreadableShard(self.spec.name, group.uri, str(error)) from error
         self._kept[group] = table
         self._bytes += table.nbytes
@@ -121,7 +122,12 @@ class Prefetched:
         while not self._burst:
             if self._error is not None:
                 raise self._error
-            burst, self._error = self._queue.get()
+            try:
+                burst, self._error = self._queue.get(timeout=0.5)
+            except queue.Empty:
+                if self._closed.is_set():
+                    raise StopIteration("closed") from None
+                continue
             self._burst.extend(burst)
         return self._burst.popleft()
 

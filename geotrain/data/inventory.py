@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from geotrain.data.store import open_store
 from geotrain.errors import DataUnreachable, EmptyRegion, MissingColumn, SchemaMismatch, UnreadableShard
 from geotrain.job import RegionSpec
+from geotrain.stores import STORE_ERRORS
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def take_inventory(spec: RegionSpec, url: str, columns: Sequence[str], label: st
         found = {path: fs.info(path)} if path.endswith(".parquet") else fs.find(path, detail=True)
         if not found and not fs.exists(path):
             raise FileNotFoundError("no such folder or bucket")
-    except (OSError, ValueError) as error:
+    except STORE_ERRORS as error:
         raise DataUnreachable(spec.name, url, str(error) or type(error).__name__) from error
     files = sorted(name for name in found if name.endswith((".parquet", ".pq")) and not name.rsplit("/", 1)[-1].startswith(("_", ".")))
     shards: list[Shard] = []
@@ -122,7 +123,7 @@ def _footer(region: str, fs: Any, name: str, uri: str) -> tuple[pq.FileMetaData,
         with fs.open(name, "rb", cache_type="readahead") as file:
             parquet = pq.ParquetFile(file)
             return parquet.metadata, parquet.schema_arrow
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, *STORE_ERRORS) as error:
         raise UnreadableShard(region, uri, str(error)) from error
 
 

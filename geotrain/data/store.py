@@ -8,6 +8,7 @@ import fsspec
 
 from geotrain.errors import DataUnreachable
 from geotrain.job import FromEnv, RegionSpec
+from geotrain.stores import STORE_ERRORS
 
 Options = Mapping[str, str | int | bool | FromEnv]
 
@@ -32,5 +33,5 @@ def open_store(spec: RegionSpec, url: str) -> tuple[Any, str]:
         options = {"client_kwargs": {"endpoint_url": options["endpoint_url"]}, **{k: v for k, v in options.items() if k != "endpoint_url"}}
     try:
         return fsspec.core.url_to_fs(url, **options)
-    except (ImportError, ValueError, OSError) as error:
+    except (ImportError, *STORE_ERRORS) as error:
         raise DataUnreachable(spec.name, url, str(error)) from error

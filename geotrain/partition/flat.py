@@ -72,10 +72,12 @@ class FlatModel:
         return {slot.name: self._view(vector, slot) for slot in self.slots}
 
     def fingerprint(self) -> dict[str, str]:
-        return {slot.name: f"{list(slot.shape)} float32" for slot in self.slots}
+        """Shape and type of everything in the state_dict, frozen parameters too."""
+        return {name: f"{list(tensor.shape)} {str(tensor.dtype)[6:]}" for name, tensor in self.model.state_dict().items()}
 
     def hashes(self) -> dict[str, str]:
-        return {name: sha256(tensor) for name, tensor in self.named(self.vector).items()}
+        """SHA-256 of every floating-point tensor in the state_dict, frozen parameters too; counters are each region's own."""
+        return {name: sha256(tensor) for name, tensor in self.model.state_dict().items() if tensor.is_floating_point()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """For publishing: the model's own state_dict, on the CPU, each tensor in memory of its own."""

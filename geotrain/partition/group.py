@@ -43,11 +43,12 @@ class Alone:
 class Together:
     """A region with several workers. One per process: torch.distributed has one default group."""
 
-    def __init__(self, rendezvous: str, rank: int, world: int, device: torch.device) -> None:
+    def __init__(self, rendezvous: str, rank: int, world: int, device: torch.device, *, shared_device: bool) -> None:
+        """`shared_device`: two workers use one GPU, which NCCL does not allow."""
         self.rank, self.world = rank, world
         if rendezvous.startswith("tcp://127."):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and not shared_device else "gloo"
         dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=world, timeout=GROUP_TIMEOUT)
 
     def average(self, gradients: Tensor | None, weight: float) -> None:
@@ -71,7 +72,8 @@ class Together:
         dist.broadcast(vector, 0)
 
     def close(self) -> None:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 Group = Alone | Together

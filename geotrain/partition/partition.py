@@ -88,10 +88,10 @@ class Partition:
         sums: dict[str, tuple[float, float]] = self._ask_leader("the evaluation", "evaluate_seat")
         return sums
 
-    def merge_fully(self, peers: dict[str, str]) -> str:
-        """This region's side of the merge that ends a push run; returns the hash of what it then holds."""
-        digest: str = self._ask_leader("the final merge", "merge_fully", peers)
-        return digest
+    def merge_fully(self, peers: dict[str, str]) -> tuple[str, dict[str, dict[str, Any]]]:
+        """This region's side of the merge that ends a push run; returns the hash of what it then holds, and its traffic."""
+        answer: tuple[str, dict[str, dict[str, Any]]] = self._ask_leader("the final merge", "merge_fully", peers)
+        return answer
 
     def write_model(self, url: str) -> int:
         """The leader writes model.safetensors; returns its bytes. Raises OutputUnwritable."""

@@ -32,6 +32,6 @@ class Reporter:
     def flush(self) -> None:
         if self._rounds:
             get_worker().log_event(
-                self.topic, {"rounds": self._rounds, "wire_bytes": sum(link.wire_bytes for link in self.traffic.values())}
+                self.topic, {"rounds": self._rounds, "wire_bytes": sum(link.wire_bytes for link in list(self.traffic.values()))}
             )
         self._rounds, self._sent_at = [], time.monotonic()

@@ -1,10 +1,13 @@
 """A seat: one worker process's place in a run, resident between segments. What runs on workers by `calls.on_worker` stands at the end."""
 
+import itertools
 import socket
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
+import pyarrow as pa
 import torch
 from distributed import get_worker
 from distributed.worker import thread_state
@@ -13,7 +16,7 @@ from geotrain import checkpoint
 from geotrain.data.batches import Reader, record_batches
 from geotrain.data.inventory import Inventory, take_inventory
 from geotrain.data.leases import LeaseBook
-from geotrain.errors import BadCheckpoint, Stopped, TaskError, TaskFailed, WorkerLost
+from geotrain.errors import BadCheckpoint, CannotListen, Stopped, TaskFailed, WorkerLost
 from geotrain.job import JobSpec
 from geotrain.partition.flat import FlatModel, sha256
 from geotrain.partition.group import Alone, Directive, Group, Together
@@ -23,6 +26,7 @@ from geotrain.partition.progress import Reporter
 from geotrain.partition.server import ParameterServer, Totals
 from geotrain.partition.state import load_optimizer_state, optimizer_state, prefixed, without_prefix
 from geotrain.partition.trainer import TASK_FAULTS, Rows, Trainer, evaluate
+from geotrain.stores import STORE_ERRORS
 from geotrain.sync.codec import codec_of
 from geotrain.sync.machine import round_machine
 from geotrain.sync.pace import Pace
@@ -40,30 +44,43 @@ class Seat:
     """One worker of one region. The leader (rank 0) also holds the parameter server and the WAN endpoint."""
 
     def __init__(self, order: SeatOrder) -> None:
-        job, spec = order.job, order.job.region(order.region)
+        job = order.job
         self.order, self.job = order, job
         self.strategy = strategy_of(job.sync)
         self.now_in = 0
         self.stop_in = 0
         """The segment that is under way, and the one that is to end early."""
         self.reporter = Reporter(order.run, order.region)
-        self.trainer = make_trainer(job, order.region, order.train, order.rank, order.world, order.rendezvous, order.rounds_per_epoch)
         self.server: ParameterServer | None = None
         self.peers: dict[str, str] = {}
-        if order.warm_start:
-            self._warm_start(order.warm_start)
-        if order.rank == 0:
-            flat = self.trainer.flat
-            codec = codec_of(job.sync.codec)
-            largest = max(4, codec.wire_bytes(1)) * flat.vector.numel()
-            self.endpoint = FlightTransport(
-                order.region, spec.wan.listen, self.peers, token=order.token, largest_payload=largest, give_up_s=order.give_up_s
+        with ExitStack() as stack:
+            self.trainer = make_trainer(job, order.region, order.train, order.rank, order.world, order.rendezvous, order.rounds_per_epoch)
+            stack.callback(self.trainer.group.close)
+            if order.warm_start:
+                self._warm_start(order.warm_start)
+            if order.rank == 0:
+                self.transport = self._open_endpoint()
+                stack.callback(self.transport.close)
+                self._seat_server(first_round=0)
+            stack.callback(self.trainer.rows.close)
+            if order.restore:
+                self._restore(order.restore)
+            self._open = stack.pop_all()
+
+    def _open_endpoint(self) -> Transport:
+        order, codec = self.order, codec_of(self.job.sync.codec)
+        largest = max(4, codec.wire_bytes(1)) * self.trainer.flat.vector.numel()
+        listen = self.job.region(order.region).wan.listen
+        try:
+            endpoint = FlightTransport(
+                order.region, listen, self.peers, token=order.token, largest_payload=largest, give_up_s=order.give_up_s
             )
-            self.transport = self._shaped(self.endpoint)
-            self.reporter.traffic = self.transport.traffic
-            self._seat_server(first_round=0)
-        if order.restore:
-            self._restore(order.restore)
+        except (OSError, pa.ArrowException) as error:
+            raise CannotListen(order.region, listen, str(error)) from error
+        self.address = endpoint.address
+        transport = self._shaped(endpoint)
+        self.reporter.traffic = transport.traffic
+        return transport
 
     def _shaped(self, inner: Transport) -> Transport:
         shape = self.job.shape
@@ -88,7 +105,7 @@ class Seat:
 
     def taken(self) -> SeatTaken:
         flat, spec = self.trainer.flat, self.job.region(self.order.region)
-        wan = (spec.wan.advertise or self.endpoint.address) if self.order.rank == 0 else None
+        wan = (spec.wan.advertise or self.address) if self.order.rank == 0 else None
         hashes = flat.hashes()
         if self.order.restore and not isinstance(self.strategy, Merging):
             hashes = {}
@@ -107,7 +124,7 @@ class Seat:
         try:
             self.trainer.segment(first, alive)
         except BaseException:
-            self.trainer.group.close()
+            self.trainer.group.close()  # so that the region's other workers do not wait for this one
             raise
         if self.server is None:
             return None
@@ -131,15 +148,15 @@ class Seat:
             sha256=sha256(self.trainer.flat.vector),
             part=part,
             metrics=self.evaluate(),
-            traffic={to: link.to_dict() for to, link in self.transport.traffic.items()},
+            traffic=self._traffic(),
         )
 
     def evaluate(self) -> dict[str, tuple[float, float]]:
         """Held-out sums and counts of this region; none where it has no such rows."""
         return evaluate(self.trainer, self.order.eval, self.job.train.batch_size) if self.order.eval else {}
 
-    def merge_fully(self, peers: dict[str, str]) -> str:
-        """One full merge, weighted by rows, so that a push strategy ends with one model; returns its hash."""
+    def merge_fully(self, peers: dict[str, str]) -> tuple[str, dict[str, dict[str, Any]]]:
+        """One full merge, weighted by rows, so that a push strategy ends with one model; returns its hash and the traffic."""
         assert self.server is not None
         self.peers.update(peers)
         round = self.server.machine.at.round
@@ -160,16 +177,17 @@ class Seat:
         )
         closing.begin(round + 1)
         closing.drain()
-        return sha256(flat.vector)
+        return sha256(flat.vector), self._traffic()
+
+    def _traffic(self) -> dict[str, dict[str, Any]]:
+        return {to: link.to_dict() for to, link in list(self.transport.traffic.items())}
 
     def _write_part(self, url: str, round: int) -> checkpoint.StoredPart:
         assert self.server is not None
         flat, rows = self.trainer.flat, self.trainer.rows
         inner, numbers = optimizer_state(self.trainer.optimizer, flat.parameter_names())
-        other = {name: buffer for name, buffer in flat.model.named_buffers() if not buffer.is_floating_point()}
         tensors = {
-            **prefixed("model", flat.named(flat.vector)),
-            **prefixed("buffer", other),
+            **prefixed("model", flat.state_dict()),
             **prefixed("inner", inner),
             **prefixed("sync", self.server.replica.state()),
         }
@@ -181,14 +199,10 @@ class Seat:
         """Continue from a checkpoint. Every worker of the region reads the part; only the leader keeps the exchange's state."""
         tensors, facts = checkpoint.read_part(part)
         flat, model = self.trainer.flat, without_prefix("model", tensors)
-        if {name: list(tensor.shape) for name, tensor in model.items()} != {slot.name: list(slot.shape) for slot in flat.slots}:
-            raise BadCheckpoint(part.url, "it holds another model: its parameters have other names or shapes")
-        with torch.no_grad():
-            for name, view in flat.named(flat.vector).items():
-                view.copy_(model[name])
-        buffers = dict(flat.model.named_buffers())
-        for name, value in without_prefix("buffer", tensors).items():
-            buffers[name].copy_(value)
+        try:
+            flat.load(model)
+        except RuntimeError as error:
+            raise BadCheckpoint(part.url, f"it holds another model: {error}") from error
         load_optimizer_state(self.trainer.optimizer, flat, without_prefix("inner", tensors), facts["inner"])
         self.trainer.rows.restore(facts["cursor"])
         if self.order.rank == 0:
@@ -199,7 +213,7 @@ class Seat:
     def _warm_start(self, url: str) -> None:
         try:
             self.trainer.flat.load(checkpoint.tensors_from_bytes(checkpoint.read_bytes(url))[0])
-        except (OSError, RuntimeError, ValueError) as error:
+        except (RuntimeError, *STORE_ERRORS) as error:
             raise BadCheckpoint(url, f"the model cannot begin from it: {error}") from error
 
     def write_model(self, url: str) -> int:
@@ -209,10 +223,7 @@ class Seat:
         return len(content)
 
     def close(self) -> None:
-        self.trainer.rows.close()
-        if self.order.rank == 0:
-            self.transport.close()
-        self.trainer.group.close()
+        self._open.close()
 
 
 def make_trainer(
@@ -230,7 +241,10 @@ def make_trainer(
         optimizer = task.optimizer([p for p in flat.model.parameters() if p.requires_grad])
     except TASK_FAULTS as error:
         raise TaskFailed(region, "model or optimizer", f"{type(error).__name__}: {error}") from error
-    group: Group = Together(rendezvous, rank, world, flat.vector.device) if rendezvous else Alone()
+    group: Group = Alone()
+    if rendezvous:
+        gpus = getattr(job.region(region).cluster, "gpus", ())
+        group = Together(rendezvous, rank, world, flat.vector.device, shared_device=len(set(gpus)) < len(gpus))
     reader = Reader(job.region(region), list(task.columns))
     rows = Rows(train.row_groups(), reader, job.train, rank, world, to_batch=batch_maker(region, task))
     flat.model.train()
@@ -289,24 +303,16 @@ def probe(job: JobSpec, region: str, train: Inventory, output: str) -> Probed:
     trainer = make_trainer(job, region, train, 0, 1, None, 1)
     book = LeaseBook(train.row_groups()[: job.train.mix_row_groups], seed=0, epoch=0, workers=1, mix=job.train.mix_row_groups)
     batches = record_batches(book, 0, job.train.batch_size, trainer.rows.reader.read)
-    rows, began = 0, 0.0
-    for number, batch in enumerate(batches):
-        if number == 1:
-            rows, began = 0, time.monotonic()
+    first = next(batches)
+    trainer.learn(trainer.rows.to_batch(first), 1.0).item()  # the first step is slower than those that follow
+    rows, began = 0, time.monotonic()
+    for batch in itertools.chain(batches, itertools.repeat(first)):
         rows += batch.num_rows
-        try:
-            loss = trainer.forward_backward(trainer.rows.to_batch(batch), 1.0)
-            trainer.optimizer.step()
-        except TaskError:
-            raise
-        except TASK_FAULTS as error:
-            raise TaskFailed(region, "loss or backward", f"{type(error).__name__}: {error}") from error
-        loss.item()
-        if number and time.monotonic() - began > PROBE_S:
+        trainer.learn(trainer.rows.to_batch(batch), 1.0).item()
+        if (seconds := time.monotonic() - began) > PROBE_S:
             break
-    seconds = time.monotonic() - began if number else PROBE_S
     payload = codec_of(job.sync.codec).wire_bytes(trainer.flat.vector.numel())
-    return Probed(region, rows / max(seconds, 1e-9), payload, str(trainer.flat.vector.device))
+    return Probed(region, rows / seconds, payload, str(trainer.flat.vector.device))
 
 
 def take_seat(order: SeatOrder) -> SeatTaken:
@@ -327,7 +333,7 @@ def evaluate_seat(run: str, region: str) -> dict[str, tuple[float, float]]:
     return _SEATS[run, region].evaluate()
 
 
-def merge_fully(run: str, region: str, peers: dict[str, str]) -> str:
+def merge_fully(run: str, region: str, peers: dict[str, str]) -> tuple[str, dict[str, dict[str, Any]]]:
     return _SEATS[run, region].merge_fully(peers)
 
 

@@ -97,8 +97,8 @@ class ParameterServer:
     def step_done(self, samples: int, loss: Tensor) -> Directive:
         """After an inner step: exchange what is due, take what came, wait if need be.
 
-        `loss`: the step's mean, a detached scalar. Raises FloatingPointError at the end of a round whose loss is not finite,
-        before anything of it leaves the region.
+        `loss`: the step's mean, a detached scalar. Raises FloatingPointError at the end of a round whose loss or parameters are
+        not finite, before anything of it leaves the region.
         """
         at = self.machine.at
         self._losses.append((loss, samples))
@@ -107,7 +107,7 @@ class ParameterServer:
             weights = torch.tensor([rows for _, rows in self._losses], dtype=loss.dtype, device=loss.device)
             self._round_loss = (torch.stack([mean for mean, _ in self._losses]) * weights).sum().item()
             self._losses.clear()
-            if not math.isfinite(self._round_loss):
+            if not math.isfinite(self._round_loss) or not math.isfinite(self.replica.local.sum().item()):
                 raise FloatingPointError(f"loss in round {at.round}")
         self.handle(StepDone(samples, self.clock()))
         return self._directive()

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,16 +55,16 @@ class Rows:
 
     def next(self, epoch: int) -> tuple[Any | None, list[int]]:
         """(this worker's batch or None, rows of each worker) of the next inner step."""
-        if self.stream is None:
-            book = self.book(epoch)
+        book = self.book(epoch)
+        if self.stream is None and book.lent_rows[self.rank]:
             self.stream = Prefetched(self._batches(book, skip=book.used[self.rank]))
         self.epoch = epoch
-        taken = self.book(epoch).take(self.train.batch_size)
-        return (self.stream.take() if taken[self.rank] else None), taken
+        taken = book.take(self.train.batch_size)
+        return (self.stream.take() if self.stream and taken[self.rank] else None), taken
 
     def _batches(self, book: LeaseBook, skip: int) -> Iterator[Any]:
         """This worker's batches from here on, epoch after epoch: the next one is read while this one ends."""
-        while True:
+        while book.lent_rows[self.rank]:
             yield from map(self.to_batch, record_batches(book, self.rank, self.train.batch_size, self.reader.read, skip))
             book, skip = self._new_book(book.epoch + 1), 0
 
@@ -110,12 +110,7 @@ class Trainer:
 
     def _step(self, round: int) -> Directive:
         batch, rows = self.rows.next(round // self.rounds_per_epoch)
-        share = rows[self.group.rank] / sum(rows)
-        try:
-            loss = self.forward_backward(batch, share)
-            self.optimizer.step()
-        except TASK_FAULTS as error:
-            raise TaskFailed(self.region, "loss or backward", f"{type(error).__name__}: {error}") from error
+        loss = self.learn(batch, rows[self.group.rank] / sum(rows))
         if self.server is None:
             return self.group.follow(None, self.flat.vector)
         try:
@@ -124,23 +119,44 @@ class Trainer:
             raise NonFiniteLoss(self.region, round, self._files()) from error
         return self.group.follow(directive, self.flat.vector)
 
-    def forward_backward(self, batch: Any | None, share: float) -> Tensor:
-        """Gradients of this worker's batch, averaged over the region's workers by rows; returns the region's mean loss."""
+    def learn(self, batch: Any | None, share: float) -> Tensor:
+        """One inner step on this worker's batch, gradients averaged over the region's workers by rows.
+
+        `share`: this worker's part of the step's rows. Returns the region's mean loss, detached. Raises TaskFailed for the user's
+        code; what the group raises when another worker is lost goes through as it is.
+        """
+        with self._blamed_on_task():
+            loss = self._forward_backward(batch)
+        if (gradients := self.flat.gradients) is not None:
+            self.group.average(gradients, share)
+            loss = gradients[-1].clone()
+        with self._blamed_on_task():
+            self.optimizer.step()
+        return loss
+
+    @contextmanager
+    def _blamed_on_task(self) -> Iterator[None]:
+        try:
+            yield
+        except TASK_FAULTS as error:
+            raise TaskFailed(self.region, "loss or backward", f"{type(error).__name__}: {error}") from error
+
+    def _forward_backward(self, batch: Any | None) -> Tensor:
+        """Gradients of this worker's batch; zeros where it has none left. With several workers the loss lies beside them."""
         gradients = self.flat.gradients
         if gradients is None:
             self.optimizer.zero_grad(set_to_none=True)
         else:
             gradients.zero_()
-        if batch is not None:
-            with self.autocast():
-                loss = self.task.loss(self.flat.model, on_device(batch, self.flat.vector.device))
-            loss.backward()
-            if gradients is None:
-                return loss.detach()
+        if batch is None:
+            assert gradients is not None, "a region's only worker always has a batch"
+            return gradients[-1]
+        with self.autocast():
+            loss = self.task.loss(self.flat.model, on_device(batch, self.flat.vector.device))
+        loss.backward()
+        if gradients is not None:
             gradients[-1] = loss.detach()
-        assert gradients is not None, "a region's only worker always has a batch"
-        self.group.average(gradients, share)
-        return gradients[-1].clone()
+        return loss.detach()
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "fp32":

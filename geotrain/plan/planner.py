@@ -1,7 +1,7 @@
 """make_plan: the placement of a job with its predictions, a pure function of what is known about data, offers and links."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -111,6 +111,7 @@ def make_plan(job: JobSpec, inventory: Mapping[str, Inventory], offers: Mapping[
     cheapest allocation that reaches (1 - tolerance) of it. `payload_bytes`: one encoded update. Links are the job's.
     """
     names = [region.name for region in job.regions]
+    offers = {name: _usable(offers[name], inventory[name]) for name in names}
     loss = job.schedule.scaling_loss
     rows = {name: inventory[name].rows for name in names}
     full = {name: everything(offers[name]) for name in names}
@@ -142,6 +143,12 @@ def make_plan(job: JobSpec, inventory: Mapping[str, Inventory], offers: Mapping[
         wan_bytes=draft.rounds * sum(draft.exchange.bytes.values()),
         alternatives=_rejected(job, draft, other),
     )
+
+
+def _usable(offers: Sequence[Offer], inventory: Inventory) -> list[Offer]:
+    """A worker without a row group of its own would have nothing to do."""
+    groups = len(inventory.row_groups())
+    return [replace(offer, count=min(offer.count, groups)) for offer in offers]
 
 
 def _draft(

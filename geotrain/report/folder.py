@@ -3,7 +3,7 @@
 <output.url>/<run>/
   job.yaml  inventory.json  plan.json     what was asked for, found and decided
   rounds.jsonl  events.jsonl              append-only, while it runs
-  checkpoints/<segment>/                  one part per region, manifest.json last
+  checkpoints/<round>/                    one part per region, manifest.json last
   summary.json  report.html  report.md    at the end
 """
 
@@ -22,6 +22,7 @@ import yaml
 from geotrain.checkpoint import join, read_bytes, write_bytes
 from geotrain.errors import NothingToResume, OutputUnwritable, RunNotFound
 from geotrain.job import JobSpec, parse_job
+from geotrain.stores import STORE_ERRORS
 
 
 def new_run_id(job_name: str, now: datetime | None = None) -> str:
@@ -114,7 +115,7 @@ class RunFolder:
             else:
                 before = self._fs.cat_file(path).decode() if self._fs.exists(path) else ""
                 self._fs.pipe_file(path, (before + text).encode())
-        except (OSError, ValueError) as error:
+        except STORE_ERRORS as error:
             raise OutputUnwritable("the flow", path, str(error)) from error
 
     def lines(self, name: str) -> Iterator[dict[str, Any]]:

@@ -16,7 +16,8 @@ def state_of(folder: RunFolder, now: float | None = None) -> dict[str, Any]:
     events = list(folder.lines("events.jsonl"))
     regions: dict[str, dict[str, Any]] = {}
     last_sign = events[-1]["at"] if events else 0.0
-    for record in folder.lines("rounds.jsonl"):
+    newest = {(record["region"], record["round"]): record for record in folder.lines("rounds.jsonl")}  # a resumed run repeats rounds
+    for record in newest.values():
         row = regions.setdefault(record["region"], {"region": record["region"], "rounds": 0, "samples": 0, "loss": None})
         row["rounds"] = record["round"] + 1
         row["samples"] += record["samples"]

@@ -29,6 +29,8 @@ SCHEMA = pa.schema([("chunk", pa.binary())])
 RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 """Pauses between attempts; the last one repeats."""
 FORGET_AFTER_ROUNDS = 1000
+CLOSE_S = 5.0
+"""How long closing waits for a call that a silent peer holds; gRPC ends the call by itself later."""
 
 
 class FlightTransport:
@@ -61,7 +63,7 @@ class FlightTransport:
         self._lanes[to].put(update, payload)
 
     def receive(self, timeout_s: float) -> Delivery | None:
-        for lane in self._lanes.values():
+        for lane in list(self._lanes.values()):
             lane.check()
         try:
             return self._inbox.get(block=timeout_s > 0, timeout=timeout_s or None)
@@ -70,10 +72,10 @@ class FlightTransport:
 
     def drain(self, timeout_s: float) -> bool:
         until = time.monotonic() + timeout_s
-        return all(lane.drain(max(0.0, until - time.monotonic())) for lane in self._lanes.values())
+        return all(lane.drain(max(0.0, until - time.monotonic())) for lane in list(self._lanes.values()))
 
     def close(self) -> None:
-        for lane in self._lanes.values():
+        for lane in list(self._lanes.values()):
             lane.close()
         self._server.shutdown()
 
@@ -114,6 +116,8 @@ class _Server(fl.FlightServerBase):
         header = json.loads(command)
         if not hmac.compare_digest(str(header["token"]), self.owner.token):
             raise ValueError("wrong run token")
+        if header["to"] != self.owner.region:
+            raise ValueError(f"addressed to {header['to']!r}, this is {self.owner.region}: two regions advertise one address")
         size = header["bytes"]
         if type(size) is not int or not 0 <= size <= self.largest_payload:
             raise ValueError(f"announces {size!r} bytes, this model sends at most {self.largest_payload}")
@@ -172,7 +176,7 @@ class _Lane:
         self._queue.put(None)
         if self._client is not None:
             self._client.close()
-        self._thread.join()
+        self._thread.join(timeout=CLOSE_S)
 
     def _run(self) -> None:
         while (entry := self._queue.get()) is not None and not self._closed.is_set():
@@ -187,7 +191,7 @@ class _Lane:
         """Send until acknowledged, or until the peer has been unreachable for too long."""
         began, attempt = time.monotonic(), 0
         buffer = payload.numpy()
-        header = {**header_of(update), "token": self.owner.token, "bytes": buffer.nbytes, "crc": zlib.crc32(buffer.data)}
+        header = {**header_of(update), "to": self.to, "token": self.owner.token, "bytes": buffer.nbytes, "crc": zlib.crc32(buffer.data)}
         command = json.dumps(header).encode()
         while not self._closed.is_set():
             try:
@@ -212,7 +216,8 @@ class _Lane:
     def _put_once(self, command: bytes, buffer: Any) -> None:
         if self._client is None:
             self._client = fl.FlightClient(f"grpc://{self.owner.peers[self.to]}")
-        writer, answers = self._client.do_put(fl.FlightDescriptor.for_command(command), SCHEMA)
+        patience = fl.FlightCallOptions(timeout=self.owner.give_up_s)
+        writer, answers = self._client.do_put(fl.FlightDescriptor.for_command(command), SCHEMA, options=patience)
         with writer:
             self.traffic.wire_bytes += len(command)
             for chunk in _chunks(buffer):

@@ -79,6 +79,7 @@ class Shaped:
                 link.updates += 1
                 link.payload_bytes += payload.numel()
                 link.wire_bytes += payload.numel() + HEADER_BYTES
+                link.retries = self.inner.traffic[to].retries
                 link.seconds += due_at + self.line(to).delay_s - sent_at
                 self._wake.notify_all()
 

@@ -32,7 +32,7 @@ def part(url: str, region: str, round: int, value: float = 1.0) -> StoredPart:
 
 
 def manifest(url: str, round: int, *parts: StoredPart) -> Manifest:
-    return Manifest("r", round // 10, round, 0, 100, {"acc": 0.5}, {"north": {"samples": 1.0}}, parts)
+    return Manifest("r", round // 10, round, 0, 100, None, {"acc": 0.5}, {"north": {"samples": 1.0}}, parts)
 
 
 def test_a_part_comes_back_as_it_was(url: str) -> None:

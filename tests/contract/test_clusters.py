@@ -55,6 +55,19 @@ def test_code_reaches_workers_that_come_later_too(spec: RegionSpec, tmp_path: Pa
             assert cluster.client.submit(ask, workers=[worker], pure=False).result(timeout=30) == 42
 
 
+def test_a_worker_that_outlives_a_run_takes_the_next_runs_code(tmp_path: Path) -> None:
+    def ask() -> int:
+        import changing  # type: ignore[import-not-found]
+
+        return int(changing.VERSION)
+
+    with open_cluster(region(LocalCluster())) as cluster:
+        for version in (1, 2):
+            (tmp_path / "changing.py").write_text(f"VERSION = {version}\n")
+            cluster.ship((str(tmp_path / "changing.py"),))
+            assert cluster.client.submit(ask, pure=False).result(timeout=30) == version
+
+
 @pytest.mark.parametrize(
     ("cluster", "where"),
     [

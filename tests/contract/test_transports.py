@@ -174,6 +174,18 @@ def test_a_peer_that_never_comes_is_named() -> None:
     a.close()
 
 
+def test_an_update_for_another_region_is_refused() -> None:
+    peers: dict[str, str] = {}
+    a, b = endpoint("a", peers), endpoint("b", peers)
+    peers["c"] = b.address
+    a.send("c", push(0), payload(10))
+    with pytest.raises(UpdateRefused, match="two regions advertise one address"):
+        for _ in range(100):
+            a.receive(0.1)
+    a.close()
+    b.close()
+
+
 @pytest.mark.parametrize(("token", "size", "why"), [("wrong", 10, "wrong run token"), ("secret", 2_000_000, "at most 1000000")])
 def test_what_does_not_belong_here_is_refused_for_good(token: str, size: int, why: str) -> None:
     peers: dict[str, str] = {}

@@ -193,6 +193,41 @@ def test_a_lost_worker_is_named_and_the_run_resumes(tmp_path: Path) -> None:
     assert conduct(resumed)["rounds"] == 400
 
 
+def two_workers_in_the_south(job: JobSpec) -> JobSpec:
+    tree = job.to_dict()
+    tree["regions"][1]["devices"][0]["count"] = 2
+    return JobSpec.model_validate(tree)
+
+
+def test_one_of_two_workers_lost_is_no_fault_of_the_task(tmp_path: Path) -> None:
+    job = points_job(tmp_path, train={"batch_size": 4, "epochs": 4000}, schedule={"segment_rounds": 100_000, "allocate": "all"})
+    run = Run.start(two_workers_in_the_south(job))
+
+    def kill_later(run: Run, segment: int) -> None:
+        south = run.partitions["south"]
+        pid = south.client.run(os.getpid, workers=[south.workers[1]])[south.workers[1]]
+
+        def later() -> None:
+            while run.board.rows["south"].rounds < 5:
+                time.sleep(0.05)
+            os.kill(pid, signal.SIGKILL)
+
+        threading.Thread(target=later).start()
+
+    with pytest.raises(WorkerLost, match="region south: worker .* was lost"):
+        conduct(run, before_segment=kill_later)
+
+
+def test_a_worker_without_rows_of_its_own_is_not_planned(tmp_path: Path) -> None:
+    write_points(tmp_path / "south" / "train", 100, group=100)
+    write_points(tmp_path / "south" / "eval", 40)
+    job = points_job(tmp_path, schedule={"allocate": "all"})
+    run = Run.start(two_workers_in_the_south(job))
+    conduct(run)
+    assert run.plan is not None
+    assert run.plan.region("south").workers == 1
+
+
 def test_retraining_begins_from_the_champion(tmp_path: Path) -> None:
     job = points_job(tmp_path, registry={"url": str(tmp_path / "registry"), "model": "points", "metric": "mse", "higher_is_better": False})
     first = Run.start(job)

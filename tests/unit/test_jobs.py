@@ -88,7 +88,10 @@ def test_secrets_go_by_reference_only() -> None:
 def test_plain_text_stays_on_loopback_unless_the_job_says_so() -> None:
     region = {"name": "tokyo", "data": {"train": "t"}, "wan": {"listen": "0.0.0.0:9000"}}
     assert "plaintext: true" in mistakes(regions=[region])
-    assert parse_job(tree(regions=[{**region, "wan": {"listen": "0.0.0.0:9000", "plaintext": True}}]))
+    region["wan"] = {"listen": "0.0.0.0:9000", "plaintext": True}
+    assert "add advertise" in mistakes(regions=[region])
+    region["wan"] = {"listen": "0.0.0.0:9000", "plaintext": True, "advertise": "tokyo.example:9000"}
+    assert parse_job(tree(regions=[region]))
 
 
 def test_links_fall_back_from_direction_to_pair_to_default_to_shape() -> None:

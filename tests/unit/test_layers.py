@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 LAYERS: list[set[str]] = [
     {"errors", "__init__", "guard"},
-    {"metrics", "mistakes"},
+    {"metrics", "mistakes", "stores"},
     {"job", "task"},
     {"data", "sync"},
     {"plan", "clusters", "wan", "checkpoint", "registry", "report"},

@@ -23,7 +23,7 @@ def job(**changes: Any) -> Any:
 
 
 def data(**rows: int) -> dict[str, Inventory]:
-    return {name: Inventory(name, name, (Shard(name, "e", n, (n,)),), {"x": "int64"}) for name, n in rows.items()}
+    return {name: Inventory(name, name, (Shard(name, "e", n, (1,) * n),), {"x": "int64"}) for name, n in rows.items()}
 
 
 def offers(paris: Offer, tokyo: Offer) -> dict[str, list[Offer]]:
@@ -54,6 +54,12 @@ def test_the_straggler_keeps_all_it_has_and_the_others_no_more_than_needed() -> 
     assert "straggler" in plan.region("paris").reason
     assert plan.alternatives[0].what == "everything allocated"
     assert plan.alternatives[0].usd > plan.usd
+
+
+def test_a_region_gets_no_more_workers_than_it_has_row_groups() -> None:
+    few = {name: Inventory(name, name, (Shard(name, "e", 90, (30, 30, 30)),), {"x": "int64"}) for name in ("paris", "tokyo")}
+    plan = make_plan(job(schedule={"allocate": "all"}), few, offers(cpu(8), cpu(2)), 1000)
+    assert {region.region: region.workers for region in plan.regions} == {"paris": 3, "tokyo": 2}
 
 
 def test_a_merge_rounds_exchange_is_added_and_a_pushs_is_hidden() -> None:
