@@ -39,10 +39,7 @@ class RegionLocalCluster(distributed.LocalCluster):
 
 
 def _gpus(spec: RegionSpec) -> list[str]:
-    """CUDA_VISIBLE_DEVICES of the workers in turn; '' hides all of them from a CPU worker."""
-    given = list(map(str, getattr(spec.cluster, "gpus", ())))
+    """CUDA_VISIBLE_DEVICES of the workers in turn; empty for a region that trains on CPUs."""
     wanted = sum(device.count for device in spec.devices if device.kind != "cpu")
-    if not wanted:
-        return []
-    cpus = sum(device.count for device in spec.devices if device.kind == "cpu")
-    return (given or list(map(str, range(wanted)))) + [""] * cpus
+    given = getattr(spec.cluster, "gpus", ()) or range(wanted)
+    return [str(number) for number in given] if wanted else []

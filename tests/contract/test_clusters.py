@@ -96,9 +96,12 @@ def test_each_worker_sees_one_gpu_and_two_may_share() -> None:
     def seen() -> str | None:
         return os.environ.get("CUDA_VISIBLE_DEVICES")
 
-    with open_cluster(region(LocalCluster(gpus=(1, 1)), (Device(kind="h100", count=2), Device(kind="cpu", count=1)))) as cluster:
-        cluster.scale(3)
-        assert sorted(cluster.client.run(seen).values()) == ["", "1", "1"]
+    with open_cluster(region(LocalCluster(gpus=(1, 1)), (Device(kind="h100", count=2),))) as cluster:
+        cluster.scale(2)
+        assert list(cluster.client.run(seen).values()) == ["1", "1"]
+    with open_cluster(region(LocalCluster(), (Device(kind="h100", count=2),))) as cluster:
+        cluster.scale(2)
+        assert sorted(str(number) for number in cluster.client.run(seen).values()) == ["0", "1"]
 
 
 def test_code_that_is_not_there_or_is_data_is_refused(tmp_path: Path) -> None:

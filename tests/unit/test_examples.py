@@ -12,7 +12,7 @@ from geotrain.starter import init
 from geotrain.task import TrainingTask, load_task
 
 TASKS = {
-    "digits": ("geotrain.examples.digits:Digits", {"lr": 0.3}, 200),
+    "digits": ("geotrain.examples.digits:Digits", {"lr": 0.05, "momentum": 0.9}, 200),
     "images": ("geotrain.examples.images:Images", {"width": 4, "side": 16}, 120),
     "clicks": ("geotrain.examples.clicks:Clicks", {}, 2000),
     "text": ("geotrain.examples.text:Text", {"layers": 1, "width": 32, "heads": 2}, 200),
