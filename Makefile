@@ -28,4 +28,4 @@ lint: env  ## ruff, mypy strict, the layers
 	$(BIN)/python -m pytest -q tests/unit/test_layers.py
 
 bench: env  ## every measurement, one after the other; results in bench/results
-	for measurement in overhead startup strategies; do $(BIN)/python -m bench.$$measurement || exit 1; done
+	for measurement in overhead startup strategies figures; do $(BIN)/python -m bench.$$measurement || exit 1; done

@@ -90,7 +90,7 @@ class ModelMismatch(TaskError):
 
 class NonFiniteLoss(TaskError):
     fields = ("region", "round", "files")
-    says = "region {region}: the loss or the parameters became NaN or infinite in round {round}, on rows of {files}; none of it left the region"
+    says = "region {region}: the loss or the parameters became NaN or infinite in round {round}, on rows of {files}; none of it left"
     remedy = "look for missing or extreme values there, or lower the learning rate; the last checkpoint is intact"
 
 

@@ -70,3 +70,11 @@ def test_every_strategy_is_described() -> None:
     for model in members_of(job.Sync):
         (tag,) = get_args(model.model_fields["strategy"].annotation)
         assert f"`{tag}`" in text, tag
+
+
+def test_the_figures_in_the_readme_come_from_committed_results() -> None:
+    from bench.figures import BLOCK, figures
+
+    found = BLOCK.search((ROOT / "README.md").read_text())
+    assert found is not None
+    assert found[0] == found[1] + figures() + found[2], "python -m bench.figures writes them anew"

@@ -1,0 +1,61 @@
+"""The figures in the README, made from the newest committed results: python -m bench.figures writes them there."""
+
+import json
+import re
+from typing import Any
+
+from bench.measure import RESULTS, ROOT
+
+README = ROOT / "README.md"
+BLOCK = re.compile(r"(<!-- figures: bench/results -->\n).*?(<!-- /figures -->)", re.DOTALL)
+
+
+def newest(name: str) -> dict[str, Any]:
+    file = sorted(RESULTS.glob(f"{name}-*.json"))[-1]
+    return {"file": file.relative_to(ROOT), **json.loads(file.read_text())}
+
+
+def figures() -> str:
+    """The block as Markdown."""
+    overhead, startup, strategies = newest("overhead"), newest("startup"), newest("strategies")
+    facts = overhead["facts"]
+    lines = [f"On {facts['cores']} shared CPU cores, torch {facts['torch']}; medians, with the least and the most.", ""]
+    lines += [
+        "| one region, one worker, no WAN | throughput against a plain PyTorch loop | the same, its tensors made beforehand |",
+        "|---|---|---|",
+    ]
+    for task, result in overhead["results"].items():
+        lines.append(f"| {task} | {range_of(result['ratio to plain'])} | {range_of(result['ratio to plain, tensors ready'])} |")
+    first, later = (startup["results"][which]["command_to_first_round_s"] for which in ("first", "later"))
+    lines += [
+        "",
+        f"From `geotrain run` to the first round of three regions: {range_of(later)} s; {range_of(first)} s the very first time.",
+        "",
+    ]
+    lines += [
+        "| two regions, 100 Mbit/s, 30 ms | digits: s | MB | accuracy | ResNet, 45 MB: s | MB | accuracy |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    digits, resnet = strategies["results"]["digits"], strategies["results"]["ResNet"]
+    for name in digits:
+        cells = [f"{r['seconds']:.1f} | {r['wan_megabytes']:,.0f} | {r['accuracy']:.3f}" for r in (digits[name], resnet[name])]
+        lines.append(f"| `{name}` | {cells[0]} | {cells[1]} |")
+    few, more = resnet["asgd"]["samples"], digits["asgd"]["samples"]
+    lines += [
+        "",
+        f"The same {samples[0]:,} and {samples[1]:,} samples for all; one run each. The ResNet is far from trained: its columns are about time and bytes.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def range_of(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.2f} ({spread['least']:.2f} to {spread['most']:.2f})"
+
+
+def main() -> None:
+    README.write_text(BLOCK.sub(lambda found: found[1] + figures() + found[2], README.read_text()))
+    print(figures())
+
+
+if __name__ == "__main__":
+    main()
