@@ -43,7 +43,8 @@ def figures() -> str:
     few, more = resnet["asgd"]["samples"], digits["asgd"]["samples"]
     lines += [
         "",
-        f"The same {samples[0]:,} and {samples[1]:,} samples for all; one run each. The ResNet is far from trained: its columns are about time and bytes.",
+        f"The same {more:,} samples of digits and {few:,} of images for all; one run each. So few images hardly train a ResNet: its",
+        "columns are about time and bytes. Where it stays at chance, its momentum met pushes that add up (docs/strategies.md).",
     ]
     return "\n".join(lines) + "\n"
 
