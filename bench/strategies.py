@@ -1,5 +1,7 @@
 """Strategies side by side: two regions, 100 Mbit/s, 30 ms; digits (62 k parameters) and ResNet (11.2 M); the same samples for all."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from bench.measure import make_data, run_job, write
@@ -48,9 +50,18 @@ def main() -> None:
                 "samples": summary["samples"],
                 "accuracy": round(summary["metrics"]["accuracy"], 4),
                 "loss": round(summary["metrics"]["loss"], 4),
+                "last_training_loss": round(last_training_loss(summary["folder"]), 4),
             }
             print(f"{name:7} {strategy:16} {results[name][strategy]}", flush=True)
     write("strategies", results)
+
+
+def last_training_loss(folder: str) -> float:
+    """Mean over the samples of every region's last tenth of rounds."""
+    records = [json.loads(line) for line in Path(folder, "rounds.jsonl").read_text().splitlines()]
+    first = 0.9 * max(record["round"] for record in records)
+    late = [record for record in records if record["round"] >= first and record["loss"] is not None]
+    return sum(record["loss"] * record["samples"] for record in late) / sum(record["samples"] for record in late)
 
 
 if __name__ == "__main__":
