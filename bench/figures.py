@@ -44,8 +44,8 @@ def figures() -> str:
     few, more = resnet["asgd"]["samples"], digits["asgd"]["samples"]
     lines += [
         "",
-        f"The same {more:,} samples of digits and {few:,} of images for all; one run each. Sixty steps hardly train a ResNet: its columns are",
-        "about time and bytes, and its held-out metrics say nothing yet (docs/strategies.md, BatchNorm).",
+        f"The same {more:,} samples of digits and {few:,} of images for all; one run each. Sixty steps hardly train a ResNet:",
+        "its columns are about time and bytes, and its held-out metrics say nothing yet (docs/strategies.md, BatchNorm).",
     ]
     return "\n".join(lines) + "\n"
 

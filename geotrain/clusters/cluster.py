@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import threading
 import time
 from contextlib import ExitStack
 from typing import Any, assert_never
@@ -14,6 +15,9 @@ from distributed.security import Security
 from geotrain.clusters.code import CodePlugin, pack
 from geotrain.errors import ClusterError, ClusterTooSmall, ClusterUnreachable
 from geotrain.job import AddressCluster, ClassCluster, LocalCluster, RegionSpec
+
+_STARTING = threading.Lock()
+"""Dask imports parts of itself while a cluster starts, and two threads that do so at once can see a half-imported module."""
 
 CONNECT_S = 30.0
 GROW_S = 120.0
@@ -76,7 +80,8 @@ def open_cluster(spec: RegionSpec) -> RegionCluster:
                 from geotrain.clusters.local import RegionLocalCluster
 
                 where = "this machine"
-                cluster = stack.enter_context(RegionLocalCluster(spec))
+                with _STARTING:
+                    cluster = stack.enter_context(RegionLocalCluster(spec))
                 client = stack.enter_context(Client(cluster, set_as_default=False, timeout=CONNECT_S))
             case AddressCluster():
                 where, cluster = spec.cluster.address, None
@@ -84,7 +89,8 @@ def open_cluster(spec: RegionSpec) -> RegionCluster:
                 client = stack.enter_context(Client(where, set_as_default=False, timeout=CONNECT_S, security=security))
             case ClassCluster():
                 where = spec.cluster.path
-                cluster = stack.enter_context(_cluster_class(spec.name, where)(**spec.cluster.args))
+                with _STARTING:
+                    cluster = stack.enter_context(_cluster_class(spec.name, where)(**spec.cluster.args))
                 client = stack.enter_context(Client(cluster, set_as_default=False, timeout=CONNECT_S))
                 if not client.nthreads():
                     cluster.scale(1)

@@ -1,6 +1,8 @@
 """One suite for every kind of cluster: open, use, scale, close."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +84,29 @@ def test_a_cluster_that_is_not_there_is_named(cluster: object, where: str, monke
     monkeypatch.setattr("geotrain.clusters.cluster.CONNECT_S", 1.0)
     with pytest.raises(ClusterUnreachable, match=f"region north: no Dask cluster at {where}"):
         open_cluster(region(cluster))
+
+
+def test_clusters_of_several_regions_start_side_by_side_in_a_fresh_process() -> None:
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+from geotrain.clusters import open_cluster, quiet_dask
+from geotrain.job import DataSpec, RegionSpec
+
+def main():
+    quiet_dask()
+    specs = [RegionSpec(name=name, data=DataSpec(train="t")) for name in ("north", "south", "west", "east")]
+    with ThreadPoolExecutor(4) as threads:
+        clusters = list(threads.map(open_cluster, specs))
+    assert all(cluster.scale(1) for cluster in clusters)
+    for cluster in clusters:
+        cluster.close()
+
+if __name__ == "__main__":
+    main()
+"""
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+        assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_an_existing_cluster_that_is_too_small_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
