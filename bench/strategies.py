@@ -7,12 +7,12 @@ from typing import Any
 from bench.measure import make_data, run_job, write
 
 STRATEGIES: dict[str, dict[str, Any]] = {
-    "asgd": {"strategy": "asgd"},
-    "asgd_ga 4": {"strategy": "asgd_ga", "every": 4},
-    "asgd_ga 8": {"strategy": "asgd_ga", "every": 8},
-    "asgd_ga 16": {"strategy": "asgd_ga", "every": 16},
+    "asgd": {"strategy": "asgd", "max_staleness": 8},
+    "asgd_ga 4": {"strategy": "asgd_ga", "every": 4, "max_staleness": 8},
+    "asgd_ga 8": {"strategy": "asgd_ga", "every": 8, "max_staleness": 8},
+    "asgd_ga 16": {"strategy": "asgd_ga", "every": 16, "max_staleness": 8},
     "ma 8": {"strategy": "ma", "every": 8},
-    "ma 8, async": {"strategy": "ma", "every": 8, "mode": "async"},
+    "ma 8, async": {"strategy": "ma", "every": 8, "mode": "async", "max_staleness": 8},
     "diloco 16": {"strategy": "diloco", "every": 16},
     "diloco 16, bf16": {"strategy": "diloco", "every": 16, "codec": "bf16"},
 }

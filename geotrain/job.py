@@ -202,7 +202,7 @@ class Asgd(Spec):
 
     strategy: Literal["asgd"]
     codec: CodecName = "fp32"
-    max_staleness: Count = 8
+    max_staleness: Count = 2
     """A region pauses rather than get more than this many rounds ahead of what it has heard."""
 
 
@@ -224,7 +224,7 @@ class ModelAveraging(Spec):
     alpha: Annotated[float, Field(gt=0, le=1)] | None = None
     """async only: weight of an arriving replica; None: 1 / regions. Divided by 1 + staleness."""
     codec: CodecName = "fp32"
-    max_staleness: Count = 8
+    max_staleness: Count = 2
 
     @model_validator(mode="after")
     def _alpha_is_async(self) -> "ModelAveraging":
