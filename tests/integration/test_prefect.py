@@ -48,6 +48,7 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     api = f"http://127.0.0.1:{port}/api"
     env = {
         **os.environ,
+        "PWD": str(ROOT),
         "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")),
         "PREFECT_SERVER_API_PORT": str(port),
         "PREFECT_API_URL": api,
