@@ -46,6 +46,7 @@ def figures() -> str:
         "",
         f"The same {more:,} samples of digits and {few:,} of images for all; one run each. Sixty steps hardly train a ResNet:",
         "its columns are about time and bytes, and its held-out metrics say nothing yet (docs/strategies.md, BatchNorm).",
+        "Pushes (`asgd`, `asgd_ga`, asynchronous `ma`) were measured with `max_staleness: 8`, not with the default of 2.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -28,7 +28,7 @@ def ask(api: str, path: str, body: dict[str, Any]) -> Any:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """A Prefect worker does not always answer SIGTERM: seen with 3.8.8, once in some ten times."""
+    """A Prefect worker does not always answer SIGTERM: seen once, with 3.8.8."""
     children = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
     try:
