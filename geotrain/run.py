@@ -25,7 +25,6 @@ from geotrain.plan.power import Offer
 from geotrain.report.board import Board
 from geotrain.report.folder import RunFolder, new_run_id
 from geotrain.report.summary import summarize
-from geotrain.sync.messages import View
 from geotrain.sync.strategy import Merging, strategy_of
 
 KEEP_CHECKPOINTS = 3
@@ -38,7 +37,7 @@ class Run:
     def __init__(self, job: JobSpec, folder: RunFolder, resumed: Manifest | None = None) -> None:
         self.job, self.folder, self.id = job, folder, folder.run
         self.resumed = resumed
-        self.strategy = strategy_of(job.sync)
+        self.strategy = strategy_of(job.sync, len(job.regions))
         self.control = Control(self.id)
         self.board = Board(tuple(region.name for region in job.regions))
         self.warm_start: registry.Version | None = None
@@ -237,7 +236,6 @@ class Run:
 
     def _seat_order(self, region: str, rank: int, world: int, rendezvous: str | None) -> SeatOrder:
         assert self.plan is not None
-        names = tuple(sorted(spec.name for spec in self.job.regions))
         epoch = self.resumed.epoch + 1 if self.resumed else 0
         train, held_out = self.inventory[region]
         return SeatOrder(
@@ -249,8 +247,10 @@ class Run:
             rendezvous=rendezvous,
             train=train,
             eval=held_out,
-            view=View(epoch, names, self.plan.owner),
-            rounds_per_epoch=self.plan.rounds_per_epoch,
+            view=self.plan.view(epoch),
+            rounds_per_epoch=self.plan.region(region).rounds_per_epoch,
+            chosen=self.plan.chosen,
+            shares=tuple(self.plan.shares.values()),
             token=self._token,
             give_up_s=self.plan.give_up_s,
             warm_start=self.warm_start.url if self.warm_start else None,
@@ -338,8 +338,8 @@ class Run:
 
     @property
     def needs_final_merge(self) -> bool:
-        """A push strategy leaves every region with a replica of its own."""
-        return not isinstance(self.strategy, Merging)
+        """Some strategies leave every region with a replica of its own."""
+        return not self.strategy.ends_equal
 
     def merge_fully(self, region: str) -> str:
         self.board.enter("final merge")

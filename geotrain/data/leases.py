@@ -87,6 +87,11 @@ class LeaseBook:
         self.used = [used + rows for used, rows in zip(self.used, taken, strict=True)]
         return taken
 
+    @property
+    def spent(self) -> bool:
+        """Every row was taken."""
+        return self.used == self.lent_rows
+
     def in_use(self, worker: int) -> list[int]:
         """The row groups of the window that a worker last took rows of."""
         before = 0

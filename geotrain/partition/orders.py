@@ -7,6 +7,7 @@ from geotrain.checkpoint import StoredPart
 from geotrain.data.inventory import Inventory
 from geotrain.job import JobSpec
 from geotrain.sync.messages import View
+from geotrain.sync.strategy import Chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,10 @@ class SeatOrder:
     eval: Inventory | None
     view: View
     rounds_per_epoch: int
+    """Of this region."""
+    chosen: Chosen
+    shares: tuple[float, ...]
+    """Of the model, merged by each of the view's owners."""
     token: str
     give_up_s: float
     """How long a peer may be unreachable before that is an error."""
@@ -76,7 +81,7 @@ class SegmentDone:
     held_s: float
     """Time without an inner step, waiting for other regions."""
     sha256: str
-    """Of the parameters and buffers."""
+    """Of what all regions agree on; of the parameters and buffers where a strategy agrees on nothing before its end."""
     part: StoredPart
     metrics: dict[str, tuple[float, float]]
     """Held-out sums and counts."""

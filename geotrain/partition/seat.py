@@ -3,7 +3,7 @@
 import itertools
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -27,17 +27,22 @@ from geotrain.partition.server import ParameterServer, Totals
 from geotrain.partition.state import load_optimizer_state, optimizer_state, prefixed, without_prefix
 from geotrain.partition.trainer import TASK_FAULTS, Rows, Trainer, evaluate
 from geotrain.stores import STORE_ERRORS
-from geotrain.sync.codec import codec_of
+from geotrain.sync.codec import FP32
+from geotrain.sync.feedback import coding_of
+from geotrain.sync.fragments import Fragment, make_fragments
 from geotrain.sync.machine import round_machine
 from geotrain.sync.pace import Pace
-from geotrain.sync.replica import replica_of
-from geotrain.sync.strategy import FINAL_MERGE, Merging, strategy_of
+from geotrain.sync.progress import Progress
+from geotrain.sync.replica import MergeReplica, Replica, replica_of
+from geotrain.sync.strategy import Merging, Strategy, strategy_of
 from geotrain.task import TrainingTask, load_task
 from geotrain.wan.flight import FlightTransport
 from geotrain.wan.shaped import Line, Shaped
 from geotrain.wan.transport import Transport
 
 PROBE_S = 1.0
+LARGEST_PER_ELEMENT, LARGEST_EXTRA = 8, 64
+"""No payload takes more bytes: fp32 parameters, and as much of an outer optimizer for a region that joins."""
 
 
 class Seat:
@@ -46,7 +51,7 @@ class Seat:
     def __init__(self, order: SeatOrder) -> None:
         job = order.job
         self.order, self.job = order, job
-        self.strategy = strategy_of(job.sync)
+        self.strategy = strategy_of(job.sync, len(job.regions), order.chosen)
         self.now_in = 0
         self.stop_in = 0
         """The segment that is under way, and the one that is to end early."""
@@ -54,7 +59,7 @@ class Seat:
         self.server: ParameterServer | None = None
         self.peers: dict[str, str] = {}
         with ExitStack() as stack:
-            self.trainer = make_trainer(job, order.region, order.train, order.rank, order.world, order.rendezvous, order.rounds_per_epoch)
+            self.trainer = make_trainer(job, order.region, order.train, order.rank, order.world, order.rendezvous)
             stack.callback(self.trainer.group.close)
             if order.warm_start:
                 self._warm_start(order.warm_start)
@@ -68,8 +73,8 @@ class Seat:
             self._open = stack.pop_all()
 
     def _open_endpoint(self) -> Transport:
-        order, codec = self.order, codec_of(self.job.sync.codec)
-        largest = max(4, codec.wire_bytes(1)) * self.trainer.flat.vector.numel()
+        order = self.order
+        largest = LARGEST_PER_ELEMENT * self.trainer.flat.vector.numel() + LARGEST_EXTRA
         listen = self.job.region(order.region).wan.listen
         try:
             endpoint = FlightTransport(
@@ -89,13 +94,14 @@ class Seat:
         line = Line(shape.mbit_per_s, shape.rtt_ms)
         return Shaped(inner, lambda to: line)
 
-    def _seat_server(self, first_round: int) -> None:
+    def _seat_server(self, first_round: int, steps_done: int = 0) -> None:
         order, flat = self.order, self.trainer.flat
         pace = Pace(order.rounds_per_epoch, self.trainer.rows.steps_in)
+        at = Progress(order.region, order.view, pace, first_round, steps_done, rows=order.train.rows)
         self.server = self.trainer.server = ParameterServer(
             region=order.region,
-            machine=round_machine(self.strategy, order.region, order.view, pace, first_round),
-            replica=replica_of(self.strategy, flat.vector, flat.parameters, codec_of(self.job.sync.codec), len(order.view.regions)),
+            machine=round_machine(self.strategy, at),
+            replica=seat_replica(self.job, flat, self.strategy, order.shares),
             transport=self.transport,
             alive=dask_task_alive(order.run),
             stop_wanted=lambda: self.stop_in == self.now_in,
@@ -107,7 +113,7 @@ class Seat:
         flat, spec = self.trainer.flat, self.job.region(self.order.region)
         wan = (spec.wan.advertise or self.address) if self.order.rank == 0 else None
         hashes = flat.hashes()
-        if self.order.restore and not isinstance(self.strategy, Merging):
+        if self.order.restore and not self.strategy.ends_equal:
             hashes = {}
         return SeatTaken(self.order.region, self.order.rank, get_worker().address, wan, flat.fingerprint(), hashes, str(flat.vector.device))
 
@@ -134,6 +140,7 @@ class Seat:
         return self._done(order, totals, round, time.monotonic() - began)
 
     def _done(self, order: SegmentOrder, totals: Totals, round: int, seconds: float) -> SegmentDone:
+        assert self.server is not None
         folder = checkpoint.folder(order.run_url, round)
         part = self._write_part(checkpoint.join(folder, f"{self.order.region}.safetensors"), round)
         return SegmentDone(
@@ -145,7 +152,7 @@ class Seat:
             loss=totals.loss / totals.samples if totals.samples else None,
             seconds=seconds,
             held_s=totals.held_s,
-            sha256=sha256(self.trainer.flat.vector),
+            sha256=sha256(replica.theta if isinstance(replica := self.server.replica, MergeReplica) else self.trainer.flat.vector),
             part=part,
             metrics=self.evaluate(),
             traffic=self._traffic(),
@@ -156,28 +163,13 @@ class Seat:
         return evaluate(self.trainer, self.order.eval, self.job.train.batch_size) if self.order.eval else {}
 
     def merge_fully(self, peers: dict[str, str]) -> tuple[str, dict[str, dict[str, Any]]]:
-        """One full merge, weighted by rows, so that a push strategy ends with one model; returns its hash and the traffic."""
+        """One full merge, weighted by rows, so that the run ends with one model; returns its hash and the traffic."""
         assert self.server is not None
         self.peers.update(peers)
-        round = self.server.machine.at.round
-        flat = self.trainer.flat
-        replica = replica_of(FINAL_MERGE, flat.vector, flat.parameters, codec_of("fp32"), len(self.order.view.regions))
-        replica.load_state({"theta": torch.zeros(flat.vector.numel())})
-        machine = round_machine(FINAL_MERGE, self.order.region, self.order.view, Pace(1, lambda epoch: 0), round)
-        machine.at.samples = self.order.train.rows
-        closing = ParameterServer(
-            self.order.region,
-            machine,
-            replica,
-            self.transport,
-            alive=dask_task_alive(self.order.run),
-            stop_wanted=lambda: False,
-            report=lambda record: None,
-            event=self.reporter.event,
-        )
-        closing.begin(round + 1)
-        closing.drain()
-        return sha256(flat.vector), self._traffic()
+        self.server.alive = dask_task_alive(self.order.run)
+        self.server.merge_fully()
+        self.server.drain()
+        return sha256(self.trainer.flat.vector), self._traffic()
 
     def _traffic(self) -> dict[str, dict[str, Any]]:
         return {to: link.to_dict() for to, link in list(self.transport.traffic.items())}
@@ -191,8 +183,7 @@ class Seat:
             **prefixed("inner", inner),
             **prefixed("sync", self.server.replica.state()),
         }
-        epoch = round // self.order.rounds_per_epoch
-        facts = {"round": round, "inner": numbers, "cursor": rows.book(epoch).cursor()}
+        facts = {"round": round, "steps_done": self.server.machine.at.done, "inner": numbers, "cursor": rows.book(rows.epoch).cursor()}
         return checkpoint.write_part(self.order.region, url, tensors, facts)
 
     def _restore(self, part: checkpoint.StoredPart) -> None:
@@ -206,7 +197,7 @@ class Seat:
         load_optimizer_state(self.trainer.optimizer, flat, without_prefix("inner", tensors), facts["inner"])
         self.trainer.rows.restore(facts["cursor"])
         if self.order.rank == 0:
-            self._seat_server(first_round=facts["round"])
+            self._seat_server(facts["round"], facts["steps_done"])
             assert self.server is not None
             self.server.replica.load_state(without_prefix("sync", tensors))
 
@@ -226,9 +217,7 @@ class Seat:
         self._open.close()
 
 
-def make_trainer(
-    job: JobSpec, region: str, train: Inventory, rank: int, world: int, rendezvous: str | None, rounds_per_epoch: int
-) -> Trainer:
+def make_trainer(job: JobSpec, region: str, train: Inventory, rank: int, world: int, rendezvous: str | None) -> Trainer:
     """The task's model, flat, with its optimizer and its rows. Raises TaskImportError, TaskFailed."""
     keep_freed_memory()
     torch.set_num_threads(job.train.threads)
@@ -248,7 +237,7 @@ def make_trainer(
     reader = Reader(job.region(region), list(task.columns))
     rows = Rows(train.row_groups(), reader, job.train, rank, world, to_batch=batch_maker(region, task))
     flat.model.train()
-    return Trainer(region, task, flat, optimizer, group, rows, rounds_per_epoch, job.train.precision, job.train.seed)
+    return Trainer(region, task, flat, optimizer, group, rows, job.train.precision, job.train.seed)
 
 
 def batch_maker(region: str, task: TrainingTask) -> Callable[[Any], Any]:
@@ -261,6 +250,15 @@ def batch_maker(region: str, task: TrainingTask) -> Callable[[Any], Any]:
             raise TaskFailed(region, "batch", f"{type(error).__name__}: {error}") from error
 
     return to_batch
+
+
+def seat_replica(job: JobSpec, flat: FlatModel, strategy: Strategy, shares: Sequence[float]) -> Replica:
+    """The replica of a model, cut into the strategy's fragments."""
+    fragments: tuple[Fragment, ...] = ()
+    if isinstance(strategy, Merging):
+        sizes = [slot.stop - slot.start for slot in flat.slots]
+        fragments = make_fragments(sizes, flat.parameters, strategy.turns, shares)
+    return replica_of(strategy, flat.vector, flat.parameters, coding_of(job.sync), len(job.regions), fragments)
 
 
 def device_of(job: JobSpec, region: str) -> torch.device:
@@ -300,7 +298,7 @@ def survey(job: JobSpec, region: str) -> tuple[Inventory, Inventory | None]:
 def probe(job: JobSpec, region: str, train: Inventory, output: str) -> Probed:
     """On one worker of a region: a second of training on its own rows, thrown away. Finds what is wrong before it costs."""
     checkpoint.write_bytes(f"region {region}", checkpoint.join(output, ".writable", region), b"")
-    trainer = make_trainer(job, region, train, 0, 1, None, 1)
+    trainer = make_trainer(job, region, train, 0, 1, None)
     book = LeaseBook(train.row_groups()[: job.train.mix_row_groups], seed=0, epoch=0, workers=1, mix=job.train.mix_row_groups)
     batches = record_batches(book, 0, job.train.batch_size, trainer.rows.reader.read)
     first = next(batches)
@@ -311,8 +309,16 @@ def probe(job: JobSpec, region: str, train: Inventory, output: str) -> Probed:
         trainer.learn(trainer.rows.to_batch(batch), 1.0).item()
         if (seconds := time.monotonic() - began) > PROBE_S:
             break
-    payload = codec_of(job.sync.codec).wire_bytes(trainer.flat.vector.numel())
+    payload = payload_bytes(job, trainer.flat)
     return Probed(region, rows / seconds, payload, str(trainer.flat.vector.device))
+
+
+def payload_bytes(job: JobSpec, flat: FlatModel) -> int:
+    """One update of the whole model, encoded."""
+    codec, buffers = coding_of(job.sync).codec, flat.vector.numel() - flat.parameters
+    if isinstance(strategy_of(job.sync, len(job.regions)), Merging):
+        return codec.wire_bytes(flat.vector.numel())
+    return codec.wire_bytes(flat.parameters) + FP32.wire_bytes(buffers)
 
 
 def take_seat(order: SeatOrder) -> SeatTaken:

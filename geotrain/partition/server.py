@@ -12,6 +12,7 @@ from torch import Tensor
 from geotrain.partition.group import Directive
 from geotrain.sync.machine import RoundMachine
 from geotrain.sync.messages import (
+    Adopt,
     Apply,
     Discard,
     Event,
@@ -19,18 +20,26 @@ from geotrain.sync.messages import (
     Instruction,
     Kind,
     Merge,
+    MergeAsked,
     Produce,
+    Readdress,
     Received,
     Resume,
+    Return,
     RoundClosed,
     SegmentBegins,
     SegmentOver,
     Send,
+    Settle,
     StepDone,
     StopAsked,
+    Tick,
     Update,
+    View,
+    ViewChanged,
+    Wake,
 )
-from geotrain.sync.replica import DeltaReplica, MergeReplica, MixReplica
+from geotrain.sync.replica import Replica
 from geotrain.wan.transport import Delivery, Transport
 
 POLL_S = 0.1
@@ -70,7 +79,7 @@ class ParameterServer:
 
     region: str
     machine: RoundMachine
-    replica: MergeReplica | DeltaReplica | MixReplica
+    replica: Replica
     transport: Transport
     alive: Callable[[], None]
     """Raises when the control plane is gone or has cancelled."""
@@ -80,6 +89,7 @@ class ParameterServer:
     clock: Callable[[], float] = time.monotonic
     totals: Totals = field(default_factory=Totals)
     _payloads: dict[tuple[str, int, str, int, int], Tensor] = field(default_factory=dict)
+    _wake_at: list[float] = field(default_factory=list)
     _changed: bool = False
     _stop_told: bool = False
     _losses: list[tuple[Tensor, int]] = field(default_factory=list)
@@ -92,7 +102,19 @@ class ParameterServer:
         """Open a segment that ends before round `until`."""
         self.totals, self._stop_told = Totals(), False
         self.handle(SegmentBegins(until, self.clock()))
+        if self.machine.at.held and not self.machine.at.over:
+            self._held_since = self.clock()
         return self._directive()
+
+    def merge_fully(self) -> None:
+        """Make one of the replicas of all regions."""
+        self.handle(MergeAsked(self.clock()))
+        self._directive()
+
+    def change_view(self, view: View) -> None:
+        """The control plane changed who is in."""
+        self.replica.new_view()
+        self.handle(ViewChanged(view, self.clock()))
 
     def step_done(self, samples: int, loss: Tensor) -> Directive:
         """After an inner step: exchange what is due, take what came, wait if need be.
@@ -103,7 +125,7 @@ class ParameterServer:
         at = self.machine.at
         self._losses.append((loss, samples))
         self.totals.steps += 1
-        if at.steps + 1 >= at.pace.steps(at.round):
+        if at.steps + 1 >= at.quota:
             weights = torch.tensor([rows for _, rows in self._losses], dtype=loss.dtype, device=loss.device)
             self._round_loss = (torch.stack([mean for mean, _ in self._losses]) * weights).sum().item()
             self._losses.clear()
@@ -120,56 +142,99 @@ class ParameterServer:
             self.handle(StopAsked(self.clock()))
         while (delivery := self.transport.receive(0)) is not None:
             self.take(delivery)
+        self.tick()
         at = self.machine.at
         while at.held and not at.over:
             self.alive()
-            if (late := self.transport.receive(POLL_S)) is not None:
+            wait_s = min([POLL_S, *(max(0.0, at - self.clock()) for at in self._wake_at)])
+            if (late := self.transport.receive(wait_s)) is not None:
                 self.take(late)
+            self.tick()
         changed, self._changed = self._changed, False
         return Directive(at.round, changed, at.over)
 
+    def tick(self) -> None:
+        """Tell the machine the time, if it asked to be told."""
+        now = self.clock()
+        if any(at <= now for at in self._wake_at):
+            self._wake_at = [at for at in self._wake_at if at > now]
+            self.handle(Tick(now))
+
     def take(self, delivery: Delivery) -> None:
         """An update arrived; one that is here already keeps its first payload."""
-        key = delivery.update.key
-        fresh = key not in self._payloads
-        if fresh:
-            self._payloads[key] = delivery.payload
-        self.handle(Received(delivery.update, self.clock()), fresh=fresh)
+        update = delivery.update
+        known = update.key in self._payloads
+        if not known and update.kind is not Kind.HELLO:
+            self._payloads[update.key] = delivery.payload
+        self.handle(Received(update, self.clock()), copy_of=update if known else None)
 
-    def handle(self, event: Event, *, fresh: bool = True) -> None:
-        """Let the machine decide, and carry out what it says."""
-        mine: list[Update] = []
+    def handle(self, event: Event, *, copy_of: Update | None = None) -> None:
+        """Let the machine decide, and carry out what it says. `copy_of`: what arrived is here already."""
+        spent: list[Update] = []
         for instruction in self.machine.handle(event):
-            self._carry_out(instruction, mine, fresh=fresh)
-        for update in mine:
-            if update.kind is not Kind.CONTRIBUTION or update.origin != self.machine.at.view.owner:
-                self._payloads.pop(update.key, None)
+            self._carry_out(instruction, spent, copy_of)
+        for update in spent:
+            self._payloads.pop(update.key, None)
 
-    def _carry_out(self, instruction: Instruction, mine: list[Update], *, fresh: bool) -> None:
+    def _carry_out(self, instruction: Instruction, spent: list[Update], copy_of: Update | None) -> None:
+        """`spent`: payloads to forget once all instructions are carried out."""
         match instruction:
             case Produce(update):
-                self._payloads[update.key] = self.replica.produce()
-                mine.append(update)
+                self._payloads[update.key] = self.replica.produce(update)
+                if update.kind is Kind.PUSH:
+                    spent.append(update)
             case Merge(update, contributions):
-                assert isinstance(self.replica, MergeReplica)
-                self._payloads[update.key] = self.replica.merge([(part, self._payloads.pop(part.key)) for part in contributions])
+                self._merge(update, contributions)
             case Send(update, to):
-                self.transport.send(to, update, self._payloads[update.key])
+                self.transport.send(to, update, self._payload(update))
+                if update.kind is Kind.REPLICA:
+                    spent.append(update)
             case Apply(update, weight):
-                self.replica.apply(self._payloads.pop(update.key), weight)
+                self.replica.apply(update, self._payloads.pop(update.key), weight)
                 self._changed = True
+            case Return(update, weight):
+                self.replica.take_back(update, self._payloads.pop(update.key), weight)
+                self.event("missed", {"round": update.round, "fragment": update.fragment, "weight_of_the_next": weight})
+            case Settle(update):
+                self._payloads.pop(update.key, None)
+            case Readdress(old, new):
+                self._payloads[new.key] = self._payloads.pop(old.key)
+            case Adopt(update):
+                self.replica.adopt(self._payloads.pop(update.key))
+                self._changed = True
+                self.event("healed", {"round": update.round, "by": update.origin})
             case Discard(update, reason):
-                if fresh:
+                if copy_of is None or update.key != copy_of.key:
                     self._payloads.pop(update.key, None)
-                self.event("discarded", {"origin": update.origin, "round": update.round, "reason": reason})
+                self.event("discarded", {"origin": update.origin, "round": update.round, "fragment": update.fragment, "reason": reason})
             case RoundClosed():
                 self._close_round(instruction)
             case Hold():
                 self._held_since = self.clock()
             case Resume() | SegmentOver():
                 self._count_hold()
+            case Wake(at):
+                self._wake_at.append(at)
             case _:
                 assert_never(instruction)
+
+    def _payload(self, update: Update) -> Tensor:
+        match update.kind:
+            case Kind.HELLO:
+                return torch.empty(0, dtype=torch.uint8)
+            case Kind.STATE:
+                return self.replica.share()
+            case _:
+                return self._payloads[update.key]
+
+    def _merge(self, update: Update, contributions: tuple[Update, ...]) -> None:
+        parts = [(part, self._payloads[part.key]) for part in contributions]
+        self._payloads[update.key], suspects = self.replica.merge(update, parts)
+        for part in contributions:
+            if part.origin != self.region or part.kind is Kind.REPLICA:  # a contribution of its own is kept until it is settled
+                del self._payloads[part.key]
+        for origin, what in suspects.items():
+            self.event("suspect", {"origin": origin, "round": update.round, "fragment": update.fragment, "what": what})
 
     def _count_hold(self) -> None:
         if self._held_since is not None:

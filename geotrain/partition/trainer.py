@@ -37,7 +37,7 @@ class Rows:
     books: dict[int, LeaseBook] = field(default_factory=dict)
     """The books of the current epoch and, once asked for, of the next."""
     stream: Prefetched | None = None
-    epoch: int = -1
+    epoch: int = 0
 
     def book(self, epoch: int) -> LeaseBook:
         if epoch not in self.books:
@@ -53,12 +53,13 @@ class Rows:
         """Inner steps of an epoch: those of the worker with the most rows."""
         return self.book(epoch).steps(self.train.batch_size)
 
-    def next(self, epoch: int) -> tuple[Any | None, list[int]]:
-        """(this worker's batch or None, rows of each worker) of the next inner step."""
-        book = self.book(epoch)
+    def next(self) -> tuple[Any | None, list[int]]:
+        """(this worker's batch or None, rows of each worker) of the next inner step: what is left of this epoch, then the next."""
+        if self.book(self.epoch).spent:
+            self.epoch += 1
+        book = self.book(self.epoch)
         if self.stream is None and book.lent_rows[self.rank]:
             self.stream = Prefetched(self._batches(book, skip=book.used[self.rank]))
-        self.epoch = epoch
         taken = book.take(self.train.batch_size)
         return (self.stream.take() if self.stream and taken[self.rank] else None), taken
 
@@ -72,7 +73,7 @@ class Rows:
         self.close()
         mix = self.train.mix_row_groups
         book = LeaseBook.at(cursor, self.groups, seed=self.train.seed, workers=self.world, mix=mix)
-        self.books = {book.epoch: book}
+        self.books, self.epoch = {book.epoch: book}, book.epoch
 
     def close(self) -> None:
         if self.stream is not None:
@@ -90,7 +91,6 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     group: Group
     rows: Rows
-    rounds_per_epoch: int
     precision: str
     seed: int
     server: ParameterServer | None = None
@@ -109,7 +109,7 @@ class Trainer:
             directive = self._step(round)
 
     def _step(self, round: int) -> Directive:
-        batch, rows = self.rows.next(round // self.rounds_per_epoch)
+        batch, rows = self.rows.next()
         loss = self.learn(batch, rows[self.group.rank] / sum(rows))
         if self.server is None:
             return self.group.follow(None, self.flat.vector)

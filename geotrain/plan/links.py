@@ -1,6 +1,6 @@
 """What an exchange takes on the WAN: a directed link is a rate, a delay and a price (alpha-beta model)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from geotrain.job import LinkSpec
@@ -25,31 +25,37 @@ def transfer_s(link: LinkSpec, payload_bytes: int) -> float:
     return payload_bytes * 8 / (link.mbit_per_s * 1e6) + link.rtt_ms / 2000
 
 
-def merge_exchange(regions: Sequence[str], owner: str, payload_bytes: int, link: LinkOf) -> Exchange:
-    """Contributions to the owner, the merged update back to all."""
-    others = [region for region in regions if region != owner]
-    up = max((transfer_s(link(region, owner), payload_bytes) for region in others), default=0.0)
-    down = max((transfer_s(link(owner, region), payload_bytes) for region in others), default=0.0)
-    sent = dict.fromkeys(others, payload_bytes) | {owner: payload_bytes * len(others)}
-    return Exchange(up + down, sent, _usd([(r, owner) for r in others] + [(owner, r) for r in others], payload_bytes, link))
+def merge_exchange(regions: Sequence[str], shares: Mapping[str, float], payload_bytes: int, link: LinkOf) -> Exchange:
+    """Contributions to the owners, each region's share of the update to it, and the merged shares back to all.
 
-
-def push_exchange(regions: Sequence[str], payload_bytes: int, link: LinkOf) -> Exchange:
-    """Everyone's update to all others; `seconds` is what the slowest link needs per update, without its delay."""
+    `shares`: owner -> its part of the update; they sum to 1.
+    """
     pairs = [(a, b) for a in regions for b in regions if a != b]
+    up = {(a, b): round(payload_bytes * shares.get(b, 0.0)) for a, b in pairs}
+    down = {(a, b): round(payload_bytes * shares.get(a, 0.0)) for a, b in pairs}
+    seconds = sum(max((transfer_s(link(*pair), size) for pair, size in way.items() if size), default=0.0) for way in (up, down))
+    sent = {region: sum(way[pair] for way in (up, down) for pair in pairs if pair[0] == region) for region in regions}
+    return Exchange(seconds, sent, sum((up[pair] + down[pair]) / 1e9 * link(*pair).usd_per_gb for pair in pairs))
+
+
+def push_exchange(pairs: Sequence[tuple[str, str]], payload_bytes: int, link: LinkOf) -> Exchange:
+    """An update over each of the directed `pairs`; `seconds` is what the slowest link needs per update, without its delay."""
     busiest = max((payload_bytes * 8 / (link(a, b).mbit_per_s * 1e6) for a, b in pairs), default=0.0)
-    return Exchange(busiest, {region: payload_bytes * (len(regions) - 1) for region in regions}, _usd(pairs, payload_bytes, link))
+    sent = {region: payload_bytes * sum(a == region for a, _ in pairs) for pair in pairs for region in pair}
+    return Exchange(busiest, sent, sum(payload_bytes / 1e9 * link(a, b).usd_per_gb for a, b in pairs))
 
 
 def best_owner(regions: Sequence[str], payload_bytes: int, link: LinkOf) -> str:
     """The region whose rounds are quickest; of equal ones the cheaper, then the first by name."""
 
     def rank(owner: str) -> tuple[float, float, str]:
-        exchange = merge_exchange(regions, owner, payload_bytes, link)
+        exchange = merge_exchange(regions, {owner: 1.0}, payload_bytes, link)
         return (exchange.seconds, exchange.usd, owner)
 
     return min(regions, key=rank)
 
 
-def _usd(pairs: Sequence[tuple[str, str]], payload_bytes: int, link: LinkOf) -> float:
-    return sum(payload_bytes / 1e9 * link(a, b).usd_per_gb for a, b in pairs)
+def shares_by_bandwidth(regions: Sequence[str], link: LinkOf) -> dict[str, float]:
+    """Each region's part of the merging, in proportion to the slowest of its links [ours]."""
+    rates = {a: min((min(link(a, b).mbit_per_s, link(b, a).mbit_per_s) for b in regions if b != a), default=1.0) for a in regions}
+    return {region: rate / sum(rates.values()) for region, rate in sorted(rates.items())}

@@ -6,14 +6,21 @@ from math import ceil
 from typing import Any
 
 from geotrain.data.inventory import Inventory
-from geotrain.job import JobSpec
-from geotrain.plan.links import Exchange, best_owner, merge_exchange, push_exchange, transfer_s
+from geotrain.job import JobSpec, Streaming
+from geotrain.plan.links import Exchange, best_owner, merge_exchange, push_exchange, shares_by_bandwidth, transfer_s
 from geotrain.plan.power import Allocation, Offer, cheapest, compute, everything, load_power, usd_per_hour
-from geotrain.sync.pace import rounds_per_epoch
-from geotrain.sync.strategy import Merging, strategy_of
+from geotrain.sync.messages import View
+from geotrain.sync.pace import balanced, compass, rounds_per_epoch
+from geotrain.sync.strategy import Chosen, Merging, Strategy, provisional, strategy_of
+from geotrain.sync.topology import targets
 
 TRANSFER_MARGIN = 10.0
 """A peer is given up when it stays unreachable for this many times as long as an update takes, and at least a minute."""
+
+HIDDEN_MARGIN = 1.2
+"""An exchange counts as hidden behind this many times its length."""
+BLOCKING_SHARE = 0.1
+"""With `every: auto` a blocking exchange takes this part of a round's compute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +32,8 @@ class RegionPlan:
     allocation: dict[str, int]
     samples_per_s: float
     steps_per_epoch: int
+    rounds_per_epoch: int
+    """Rounds in which this region passes its data once: the same in all, but for `every: balanced`."""
     compute_s: float
     """Of one round."""
     usd_per_round: float
@@ -48,8 +57,9 @@ class Plan:
     """The resolved placement with predictions. Seconds and dollars are of the training part."""
 
     regions: tuple[RegionPlan, ...]
-    owner: str
-    rounds_per_epoch: int
+    shares: dict[str, float]
+    """Owner -> its part of the merging."""
+    chosen: Chosen
     rounds: int
     segment_rounds: int
     payload_bytes: int
@@ -69,6 +79,15 @@ class Plan:
         return next(plan for plan in self.regions if plan.region == name)
 
     @property
+    def owner(self) -> str:
+        """The region with the largest part of the merging; it publishes."""
+        return min(self.shares, key=lambda region: (-self.shares[region], region))
+
+    def view(self, epoch: int) -> View:
+        """All regions, with their owners."""
+        return View(epoch, tuple(sorted(plan.region for plan in self.regions)), tuple(self.shares))
+
+    @property
     def segments(self) -> int:
         return ceil(self.rounds / self.segment_rounds)
 
@@ -82,7 +101,8 @@ class Plan:
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> "Plan":
         regions = tuple(RegionPlan(**region) for region in tree["regions"])
-        return cls(**{**tree, "regions": regions, "alternatives": tuple(Alternative(**other) for other in tree["alternatives"])})
+        alternatives = tuple(Alternative(**other) for other in tree["alternatives"])
+        return cls(**{**tree, "regions": regions, "alternatives": alternatives, "chosen": Chosen(**tree["chosen"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +110,8 @@ class _Draft:
     """An allocation for every region, costed."""
 
     regions: tuple[RegionPlan, ...]
-    rounds_per_epoch: int
+    strategy: Strategy
+    chosen: Chosen
     round_s: float
     rounds: int
     exchange: Exchange
@@ -105,10 +126,11 @@ class _Draft:
 
 
 def make_plan(job: JobSpec, inventory: Mapping[str, Inventory], offers: Mapping[str, Sequence[Offer]], payload_bytes: int) -> Plan:
-    """Allocate workers, choose the owner, and predict time, money and bytes.
+    """Allocate workers, choose the owners and what the job leaves open, and predict time, money and bytes.
 
     The straggler, the region with the least load power when all is allocated, sets the target; every other region gets the
-    cheapest allocation that reaches (1 - tolerance) of it. `payload_bytes`: one encoded update. Links are the job's.
+    cheapest allocation that reaches (1 - tolerance) of it. `payload_bytes`: one encoded update of the whole model. Links are the
+    job's.
     """
     names = [region.name for region in job.regions]
     offers = {name: _usable(offers[name], inventory[name]) for name in names}
@@ -119,24 +141,22 @@ def make_plan(job: JobSpec, inventory: Mapping[str, Inventory], offers: Mapping[
     straggler = min(names, key=lambda name: (powers[name], name))
     target = (1 - job.schedule.tolerance) * powers[straggler]
     matched = {name: full[name] if name == straggler else cheapest(offers[name], rows[name], target, loss) for name in names}
-    owner = best_owner(names, payload_bytes, job.link)
-    drafts = {
-        kind: _draft(job, inventory, offers, chosen, owner, payload_bytes, straggler)
-        for kind, chosen in (("matched", matched), ("all", full))
-    }
+    shares = _shares(job, names, payload_bytes)
+    allocations = {"matched": matched, "all": full}
+    drafts = {kind: _draft(job, inventory, offers, allocations[kind], shares, payload_bytes, straggler) for kind in allocations}
     draft, other = drafts[job.schedule.allocate], drafts["all" if job.schedule.allocate == "matched" else "matched"]
     slowest_s = max((transfer_s(job.link(a, b), payload_bytes) for a in names for b in names if a != b), default=0.0)
     segment_rounds = job.schedule.segment_rounds or max(1, round(job.schedule.segment_s / max(draft.round_s, 1e-6)))
     return Plan(
         regions=draft.regions,
-        owner=owner,
-        rounds_per_epoch=draft.rounds_per_epoch,
+        shares=shares,
+        chosen=draft.chosen,
         rounds=draft.rounds,
         segment_rounds=min(segment_rounds, draft.rounds),
         payload_bytes=payload_bytes,
         round_s=draft.round_s,
         exchange_s=draft.exchange.seconds,
-        hidden=not isinstance(strategy_of(job.sync), Merging),
+        hidden=_hides(draft.strategy),
         give_up_s=max(60.0, TRANSFER_MARGIN * slowest_s),
         seconds=draft.seconds,
         usd=draft.usd,
@@ -145,52 +165,99 @@ def make_plan(job: JobSpec, inventory: Mapping[str, Inventory], offers: Mapping[
     )
 
 
+def _shares(job: JobSpec, names: Sequence[str], payload_bytes: int) -> dict[str, float]:
+    if job.sync.topology == "owners":
+        return shares_by_bandwidth(names, job.link)
+    return {best_owner(names, payload_bytes, job.link): 1.0}
+
+
+def _hides(strategy: Strategy) -> bool:
+    """Whether the exchange runs beside compute."""
+    return not isinstance(strategy, Merging) or strategy.tau != 0
+
+
+def _exchange(job: JobSpec, strategy: Strategy, shares: Mapping[str, float], payload_bytes: int) -> Exchange:
+    """Of one round."""
+    names = [region.name for region in job.regions]
+    if isinstance(strategy, Merging):
+        return merge_exchange(names, shares, payload_bytes // strategy.turns, job.link)
+    view = View(0, tuple(names), tuple(shares))
+    pairs = [(a, b) for a in names for b in targets(strategy.topology, view, a)]
+    return push_exchange(pairs, payload_bytes, job.link)
+
+
 def _usable(offers: Sequence[Offer], inventory: Inventory) -> list[Offer]:
     """A worker without a row group of its own would have nothing to do."""
     groups = len(inventory.row_groups())
     return [replace(offer, count=min(offer.count, groups)) for offer in offers]
 
 
+def choose(job: JobSpec, seconds_per_step: Mapping[str, float], most_steps: int, exchange: Exchange, strategy: Strategy) -> Chosen:
+    """What the job leaves open [ours]: H so that the exchange hides behind it, or takes a tenth of it where it cannot hide."""
+    open_every = not isinstance(getattr(job.sync, "every", 1), int)
+    settled, step_s = provisional(job.sync), min(seconds_per_step.values())
+    every = settled.every
+    if open_every:
+        share = HIDDEN_MARGIN if _hides(strategy) else 1 / BLOCKING_SHARE
+        every = min(most_steps, max(1, ceil(share * exchange.seconds / step_s)))
+    tau = settled.overlap_steps
+    if isinstance(job.sync, Streaming) and job.sync.overlap_steps is None:
+        tau = min(every // job.sync.fragments - 1, ceil(HIDDEN_MARGIN * exchange.seconds / step_s))
+    grace_s = settled.grace_s if getattr(job.sync, "grace_s", None) is not None else 0.5 * every * step_s
+    return Chosen(every, tau, grace_s)
+
+
 def _draft(
     job: JobSpec,
     inventory: Mapping[str, Inventory],
     offers: Mapping[str, Sequence[Offer]],
-    chosen: Mapping[str, Allocation],
-    owner: str,
+    allocated: Mapping[str, Allocation],
+    shares: Mapping[str, float],
     payload_bytes: int,
     straggler: str,
 ) -> _Draft:
-    strategy, loss, batch = strategy_of(job.sync), job.schedule.scaling_loss, job.train.batch_size
-    speeds = {name: compute(offers[name], chosen[name], loss) for name in chosen}
-    steps = {name: ceil(inventory[name].rows / (batch * sum(chosen[name]))) for name in chosen}
-    per_epoch = rounds_per_epoch(max(steps.values()), strategy.every)
-    compute_s = {name: inventory[name].rows / per_epoch / speeds[name] for name in chosen}
+    loss, batch, count = job.schedule.scaling_loss, job.train.batch_size, len(job.regions)
+    speeds = {name: compute(offers[name], allocated[name], loss) for name in allocated}
+    steps = {name: ceil(inventory[name].rows / (batch * sum(allocated[name]))) for name in allocated}
+    step_s = {name: inventory[name].rows / steps[name] / speeds[name] for name in allocated}
+    strategy = strategy_of(job.sync, count)
+    exchange = _exchange(job, strategy, shares, payload_bytes)
+    chosen = choose(job, step_s, max(steps.values()), exchange, strategy)
+    strategy = strategy_of(job.sync, count, chosen)
+    per_epoch = _rounds_per_epoch(job, strategy, steps, step_s)
+    compute_s = {name: inventory[name].rows / per_epoch[name] / speeds[name] for name in allocated}
     slowest = max(compute_s.values())
-    if isinstance(strategy, Merging):
-        exchange = merge_exchange(list(chosen), owner, payload_bytes, job.link)
-        round_s = slowest + exchange.seconds
-    else:
-        exchange = push_exchange(list(chosen), payload_bytes, job.link)
-        round_s = max(slowest, exchange.seconds)
-    total_rows = sum(inventory[name].rows for name in chosen)
-    epochs = job.train.epochs if job.train.epochs is not None else (job.train.samples or 0) / total_rows
+    round_s = max(slowest, exchange.seconds) if _hides(strategy) else slowest + exchange.seconds
+    rows = sum(inventory[name].rows for name in allocated)
+    samples = job.train.samples if job.train.samples is not None else (job.train.epochs or 0) * rows
+    per_round = sum(inventory[name].rows / per_epoch[name] for name in allocated)
     regions = tuple(
         RegionPlan(
             region=name,
             rows=inventory[name].rows,
             bytes=inventory[name].bytes,
-            workers=sum(chosen[name]),
-            allocation={offer.kind: n for offer, n in zip(offers[name], chosen[name], strict=True) if n},
+            workers=sum(allocated[name]),
+            allocation={offer.kind: n for offer, n in zip(offers[name], allocated[name], strict=True) if n},
             samples_per_s=speeds[name],
             steps_per_epoch=steps[name],
+            rounds_per_epoch=per_epoch[name],
             compute_s=compute_s[name],
-            usd_per_round=usd_per_hour(offers[name], chosen[name]) * round_s / 3600,
+            usd_per_round=usd_per_hour(offers[name], allocated[name]) * round_s / 3600,
             load_power=load_power(speeds[name], inventory[name].rows),
-            reason=_reason(name, straggler, chosen[name], offers[name]),
+            reason=_reason(name, straggler, allocated[name], offers[name]),
         )
-        for name in chosen
+        for name in allocated
     )
-    return _Draft(regions, per_epoch, round_s, max(1, ceil(epochs * per_epoch - 1e-9)), exchange)
+    return _Draft(regions, strategy, chosen, round_s, max(1, ceil(samples / per_round - 1e-9)), exchange)
+
+
+def _rounds_per_epoch(job: JobSpec, strategy: Strategy, steps: Mapping[str, int], step_s: Mapping[str, float]) -> dict[str, int]:
+    """One number for all, so that they end an epoch together; with `every: balanced` each its own, so that they end a round together."""
+    if getattr(job.sync, "every", 1) != "balanced":
+        return dict.fromkeys(steps, rounds_per_epoch(max(steps.values()), strategy.steps_per_round))
+    share = balanced if isinstance(strategy, Merging) else compass
+    each = share(step_s, strategy.steps_per_round)
+    return {name: rounds_per_epoch(steps[name], each[name]) for name in steps}
 
 
 def _reason(name: str, straggler: str, chosen: Allocation, offers: Sequence[Offer]) -> str:

@@ -10,9 +10,17 @@ class Kind(Enum):
     PUSH = "push"
     """One region's contribution, applied by each neighbour when it comes."""
     CONTRIBUTION = "contribution"
-    """One region's contribution to a merge round, on its way to the owner."""
+    """One region's contribution to a merge round, on its way to the owner of the fragment."""
     MERGED = "merged"
-    """The owner's merge of a round, on its way to everyone."""
+    """The owner's merge of a fragment in a round, on its way to everyone."""
+    REPLICA = "replica"
+    """One region's parameters as they are, on their way to a full merge."""
+    AGREED = "agreed"
+    """The mean of all replicas, on its way to everyone."""
+    HELLO = "hello"
+    """How far its origin is, at the beginning of a view. No payload."""
+    STATE = "state"
+    """The agreed parameters and the outer optimizer, for a region that is behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +32,16 @@ class Update:
     """The view it belongs to."""
     origin: str
     round: int
+    """Of a HELLO or a STATE: the first round that its origin has not applied."""
     fragment: int = 0
     samples: int = 0
     """Rows that went into it; the weight of a merge."""
     last: int | None = None
-    """The round after which its origin wants the segment to end early; None: as planned."""
+    """The round before which its origin wants the segment to end early; None: as planned."""
+    members: tuple[str, ...] = ()
+    """Of a merge: the regions whose contributions are in it."""
+    lineage: int = 0
+    """Of a HELLO: the last view in which its origin was up to date."""
 
     @property
     def key(self) -> tuple[str, int, str, int, int]:
@@ -42,11 +55,14 @@ class View:
 
     epoch: int
     regions: tuple[str, ...]
-    owner: str
-    """The region that merges."""
+    owners: tuple[str, ...]
+    """The region that merges, for each fragment in turn; repeated when there are more fragments."""
 
     def others(self, me: str) -> tuple[str, ...]:
         return tuple(region for region in self.regions if region != me)
+
+    def owner(self, fragment: int) -> str:
+        return self.owners[fragment % len(self.owners)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +72,18 @@ class SegmentBegins:
     until: int
     """The segment ends before this round."""
     now: float
+    first: int | None = None
+    """The round at which it began; None: the one that this region is in. An earlier end that was agreed before does not count."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """An inner step is done. Answered by the round's exchange when it was the round's last."""
+    """Inner steps are done. Answered by the round's exchange when the last was the round's last."""
 
     samples: int
     now: float
+    steps: int = 1
+    """Never more than the machine's `run_length`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +95,35 @@ class Received:
 
 
 @dataclass(frozen=True, slots=True)
+class Tick:
+    """The time that a Wake named has come."""
+
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
+class ViewChanged:
+    """The control plane changed who is in. Answered by finding out who is ahead (merge), or by a full merge (push)."""
+
+    view: View
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
+class MergeAsked:
+    """Merge the replicas of all regions into one: the end of a run whose regions are not equal. Answered by SegmentOver."""
+
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
 class StopAsked:
     """The control plane wants the segment to end early. The regions agree on the round in band."""
 
     now: float
 
 
-Event = SegmentBegins | StepDone | Received | StopAsked
+Event = SegmentBegins | StepDone | Received | Tick | ViewChanged | MergeAsked | StopAsked
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +143,8 @@ class Merge:
 
 @dataclass(frozen=True, slots=True)
 class Send:
+    """Hand an update to the transport. A HELLO has no payload; a STATE's is what all agreed on, taken now."""
+
     update: Update
     to: str
 
@@ -112,6 +156,36 @@ class Apply:
     update: Update
     weight: float
     staleness: int
+
+
+@dataclass(frozen=True, slots=True)
+class Return:
+    """A merge went on without this contribution: put its payload, times `weight`, into what the next one sends."""
+
+    update: Update
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """This region's own contribution is in the merge: its payload is no longer needed."""
+
+    update: Update
+
+
+@dataclass(frozen=True, slots=True)
+class Readdress:
+    """The payload kept for `old` is now that of `new`: the same contribution, in a new view."""
+
+    old: Update
+    new: Update
+
+
+@dataclass(frozen=True, slots=True)
+class Adopt:
+    """Take the peer's agreed parameters and outer optimizer for one's own; local progress since then is void."""
+
+    update: Update
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +209,15 @@ class Resume:
 
 
 @dataclass(frozen=True, slots=True)
+class Wake:
+    """Send a Tick at this time, on the caller's clock."""
+
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class RoundClosed:
-    """A round of this region is complete: for a merge committed, for a push sent."""
+    """This region's inner steps of a round are done and contributed."""
 
     round: int
     samples: int
@@ -152,4 +233,19 @@ class SegmentOver:
     """The next round."""
 
 
-Instruction = Produce | Merge | Send | Apply | Discard | Hold | Resume | RoundClosed | SegmentOver
+Instruction = (
+    Produce
+    | Merge
+    | Send
+    | Apply
+    | Return
+    | Settle
+    | Readdress
+    | Adopt
+    | Discard
+    | Hold
+    | Resume
+    | Wake
+    | RoundClosed
+    | SegmentOver
+)

@@ -4,16 +4,19 @@ All vectors are flat: [parameters..., floating-point buffers...]. Buffers (Batch
 but never take part in an outer optimizer. The wire form is computed on the CPU in fp32, wherever the parameters live.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol, assert_never
 
 import torch
 from torch import Tensor
 
-from geotrain.sync.codec import Codec, ErrorFeedback
-from geotrain.sync.merge import nesterov_step, weighted_mean
-from geotrain.sync.messages import Update
+from geotrain.sync.codec import FP32
+from geotrain.sync.feedback import Coding, ErrorFeedback, Feedback
+from geotrain.sync.fragments import Fragment, make_fragments
+from geotrain.sync.merge import Merged, Part, cosine, merge, outer_step
+from geotrain.sync.messages import Kind, Update
 from geotrain.sync.strategy import Merging, Pushing, Strategy
 
 Payload = Tensor
@@ -23,11 +26,32 @@ Payload = Tensor
 class Replica(Protocol):
     """The arithmetic of one strategy. State is a mapping of named tensors, so that it can be kept by name."""
 
-    def produce(self) -> Payload:
-        """This region's payload for the round that it just finished."""
+    local: Tensor
+    """The flat parameters and buffers that inner steps change, on any device."""
 
-    def apply(self, payload: Payload, weight: float) -> None:
+    def wire_bytes(self, update: Update) -> int:
+        """Exact size of the payload that `produce` or `merge` would make for this update."""
+
+    def produce(self, update: Update) -> Payload:
+        """This region's payload: of its round, or its whole replica."""
+
+    def merge(self, update: Update, parts: Sequence[tuple[Update, Payload]]) -> tuple[Payload, dict[str, str]]:
+        """The owner's part: contributions to one payload. Also names what is odd about which region's contribution."""
+
+    def apply(self, update: Update, payload: Payload, weight: float) -> None:
         """Let a payload change the parameters."""
+
+    def take_back(self, update: Update, payload: Payload, weight: float) -> None:
+        """An own contribution was not merged: send it again, times `weight`, with the next."""
+
+    def share(self) -> Payload:
+        """All that a region which joins must have."""
+
+    def adopt(self, payload: Payload) -> None:
+        """Go on from what another region shared. Raises ValueError on a wrong size."""
+
+    def new_view(self) -> None:
+        """The regions that are in have changed."""
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must keep, beside the parameters."""
@@ -35,52 +59,152 @@ class Replica(Protocol):
     def load_state(self, state: dict[str, Tensor]) -> None: ...
 
 
+def encode_whole(local: Tensor) -> Payload:
+    return FP32.encode(local.detach().cpu())
+
+
+def mean_of_replicas(parts: Sequence[tuple[Update, Payload]], elements: int) -> tuple[Payload, dict[str, str]]:
+    """The mean by samples of whole replicas."""
+    merged = merge(_parts(parts, lambda payload: FP32.decode(payload, elements)), "mean")
+    return FP32.encode(merged.vector), merged.suspects
+
+
+def _parts(parts: Sequence[tuple[Update, Payload]], decode: Callable[[Payload], Tensor]) -> list[Part]:
+    return [Part(update.origin, update.samples, partial(decode, payload)) for update, payload in parts]
+
+
 @dataclass(slots=True)
 class MergeReplica:
-    """theta_global beside the local parameters; contributes pseudo-gradients theta_global - theta_local."""
+    """theta, which all regions agree on, beside the local parameters; contributes pseudo-gradients theta - local."""
 
     local: Tensor
-    """The flat parameters and buffers that inner steps change, on any device."""
     parameters: int
     """How many of its elements are parameters; the rest are buffers."""
-    codec: Codec
+    coding: Coding
     strategy: Merging
+    fragments: tuple[Fragment, ...] = ()
+    """None given: the whole vector as one."""
     theta: Tensor = field(init=False)
-    momentum: Tensor | None = None
-    up: ErrorFeedback = field(init=False)
-    down: ErrorFeedback = field(init=False)
-    """The owner's, for the merged update on its way back."""
+    momentum: Tensor | None = field(init=False)
+    up: list[Feedback] = field(init=False)
+    down: list[ErrorFeedback] = field(init=False)
+    """The owner's, for merged fragments on their way back."""
+    before: dict[int, Tensor] = field(default_factory=dict)
+    """With a penalty: each fragment's last merge."""
+    integral: dict[int, Tensor] = field(default_factory=dict)
+    """With EControl: each fragment's sum of merges, which is what is applied."""
 
     def __post_init__(self) -> None:
         self.theta = self.local.detach().to("cpu", torch.float32, copy=True)
-        self.up, self.down = ErrorFeedback(self.codec), ErrorFeedback(self.codec)
+        self.momentum = torch.zeros(self.parameters) if self.strategy.outer.momentum else None
+        self.fragments = self.fragments or make_fragments([self.parameters, self.local.numel() - self.parameters], self.parameters)
+        assert len(self.fragments) == self.strategy.fragments, (len(self.fragments), self.strategy)
+        self._fresh_feedback()
 
-    def produce(self) -> Payload:
-        return self.up.encode(self.theta - self.local.detach().cpu())
+    def _fresh_feedback(self) -> None:
+        self.up = [self.coding.up() for _ in self.fragments]
+        self.down = [self.coding.down() for _ in self.fragments]
 
-    def merge(self, contributions: Sequence[tuple[Update, Payload]]) -> Payload:
-        """The owner's part: the mean by samples of what the contributions decode to, encoded once."""
-        vectors = [self.codec.decode(payload, self.theta.numel()) for _, payload in contributions]
-        return self.down.encode(weighted_mean(vectors, [update.samples for update, _ in contributions]))
+    def wire_bytes(self, update: Update) -> int:
+        if update.kind in (Kind.REPLICA, Kind.AGREED):
+            return FP32.wire_bytes(self.theta.numel())
+        way = self.up if update.kind is Kind.CONTRIBUTION else self.down
+        return way[update.fragment].wire_bytes(self.fragments[update.fragment].elements)
 
-    def apply(self, payload: Payload, weight: float) -> None:
+    def produce(self, update: Update) -> Payload:
+        if update.kind is Kind.REPLICA:
+            return encode_whole(self.local)
+        delta = self.fragments[update.fragment].difference(self.theta, self.local.detach().cpu())
+        return self.up[update.fragment].encode(delta)
+
+    def merge(self, update: Update, parts: Sequence[tuple[Update, Payload]]) -> tuple[Payload, dict[str, str]]:
+        if update.kind is Kind.AGREED:
+            return mean_of_replicas(parts, self.theta.numel())
+        number, elements = update.fragment, self.fragments[update.fragment].elements
+        if self.coding.feedback == "econtrol":  # every mirror counts alike, whatever a round's samples
+            parts = [(replace(part, samples=1), payload) for part, payload in parts]
+        merged = merge(_parts(parts, lambda payload: self.up[number].codec.decode(payload, elements)), self.strategy.rule)
+        if self.strategy.penalty and number in self.before:
+            turned = 1 - cosine(merged.vector, self.before[number])
+            merged = Merged(merged.vector / (1 + self.strategy.penalty * turned / 2), merged.suspects)
+        return self.down[number].encode(merged.vector), merged.suspects
+
+    def apply(self, update: Update, payload: Payload, weight: float) -> None:
         """The outer step, the same in every region: same bytes, same arithmetic, same result to the bit."""
         assert weight == 1.0, weight
-        merged = self.codec.decode(payload, self.theta.numel())
-        n, rule = self.parameters, self.strategy
-        self.momentum = nesterov_step(self.theta[:n], merged[:n], self.momentum, rule.outer_lr, rule.outer_momentum)
-        self.theta[n:].sub_(merged[n:])
+        if update.kind is Kind.AGREED:
+            self.theta = FP32.decode(payload, self.theta.numel()).clone()
+            self._to_local(self.theta)
+            return
+        number = update.fragment
+        merged = self.down[number].codec.decode(payload, self.fragments[number].elements)
+        if self.coding.feedback == "econtrol":
+            merged = self.integral[number] = self.integral[number] + merged if number in self.integral else merged.clone()
+        if self.strategy.penalty:
+            self.before[number] = merged.clone()
+        self._outer_step(self.fragments[number], merged)
+
+    def _outer_step(self, fragment: Fragment, merged: Tensor) -> None:
+        at, alpha = 0, self.strategy.alpha
+        for a, b in (*fragment.parameters, *fragment.buffers):
+            piece, theta = merged[at : at + b - a], self.theta[a:b]
+            if b <= self.parameters:
+                outer_step(theta, piece, None if self.momentum is None else self.momentum[a:b], self.strategy.outer)
+            else:
+                theta.sub_(piece)
+            with torch.no_grad():
+                if alpha:
+                    self.local[a:b].lerp_(theta.to(self.local.device), 1 - alpha)
+                else:
+                    self.local[a:b].copy_(theta)
+            at += b - a
+
+    def take_back(self, update: Update, payload: Payload, weight: float) -> None:
+        self.up[update.fragment].give_back(payload, weight, self.fragments[update.fragment].elements)
+
+    def share(self) -> Payload:
+        return FP32.encode(torch.cat([self.theta, *([] if self.momentum is None else [self.momentum])]))
+
+    def adopt(self, payload: Payload) -> None:
+        n = self.theta.numel()
+        numbers = FP32.decode(payload, n + (0 if self.momentum is None else self.parameters)).clone()
+        self.theta = numbers[:n]
+        if self.momentum is not None:
+            self.momentum = numbers[n:]
+        self._to_local(self.theta)
+        self._fresh_feedback()
+
+    def new_view(self) -> None:
+        """EControl's ends must have seen the same: all begin again. The penalty's memory too, which a newcomer does not have."""
+        self.before.clear()
+        if self.coding.feedback == "econtrol":
+            self.integral.clear()
+            self._fresh_feedback()
+
+    def _to_local(self, vector: Tensor) -> None:
         with torch.no_grad():
-            self.local.copy_(self.theta)
+            self.local.copy_(vector)
 
     def state(self) -> dict[str, Tensor]:
-        kept = {"theta": self.theta, "momentum": self.momentum, "residual_up": self.up.residual, "residual_down": self.down.residual}
-        return {name: tensor for name, tensor in kept.items() if tensor is not None}
+        kept = {"theta": self.theta} | ({} if self.momentum is None else {"momentum": self.momentum})
+        for number in range(len(self.fragments)):
+            kept |= {f"up.{number}.{name}": tensor for name, tensor in self.up[number].state().items()}
+            kept |= {f"down.{number}.{name}": tensor for name, tensor in self.down[number].state().items()}
+        kept |= {f"before.{number}": tensor for number, tensor in self.before.items()}
+        return kept | {f"integral.{number}": tensor for number, tensor in self.integral.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.theta = state["theta"]
         self.momentum = state.get("momentum")
-        self.up.residual, self.down.residual = state.get("residual_up"), state.get("residual_down")
+        for number in range(len(self.fragments)):
+            self.up[number].load_state(_under(f"up.{number}", state))
+            self.down[number].load_state(_under(f"down.{number}", state))
+        self.before = {int(number): tensor for number, tensor in _under("before", state).items()}
+        self.integral = {int(number): tensor for number, tensor in _under("integral", state).items()}
+
+
+def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{prefix}."): tensor for name, tensor in state.items() if name.startswith(f"{prefix}.")}
 
 
 @dataclass(slots=True)
@@ -93,40 +217,64 @@ class DeltaReplica:
 
     local: Tensor
     parameters: int
-    codec: Codec
+    coding: Coding
     regions: int
     anchor: Tensor = field(init=False)
     """The parameters as the others know them: initial + own pushed + received."""
-    feedback: ErrorFeedback = field(init=False)
+    feedback: Feedback = field(init=False)
 
     def __post_init__(self) -> None:
         self.anchor = self.local.detach()[: self.parameters].clone()
-        self.feedback = ErrorFeedback(self.codec)
+        self.feedback = self.coding.up()
 
-    def produce(self) -> Payload:
+    def wire_bytes(self, update: Update) -> int:
+        if update.kind is not Kind.PUSH:
+            return FP32.wire_bytes(self.local.numel())
+        return self.feedback.wire_bytes(self.parameters) + FP32.wire_bytes(self.local.numel() - self.parameters)
+
+    def produce(self, update: Update) -> Payload:
+        if update.kind is Kind.REPLICA:
+            return encode_whole(self.local)
         n = self.parameters
         with torch.no_grad():
             delta = self.local[:n] - self.anchor
             self.anchor.copy_(self.local[:n])
-        sums = self.feedback.encode(delta.cpu())
-        return torch.cat([sums, self.codec.encode(self.local[n:].detach().cpu())])
+        return torch.cat([FP32.encode(self.local[n:].detach().cpu()), self.feedback.encode(delta.cpu())])
 
-    def apply(self, payload: Payload, weight: float) -> None:
-        n, split = self.parameters, self.codec.wire_bytes(self.parameters)
+    def merge(self, update: Update, parts: Sequence[tuple[Update, Payload]]) -> tuple[Payload, dict[str, str]]:
+        return mean_of_replicas(parts, self.local.numel())
+
+    def apply(self, update: Update, payload: Payload, weight: float) -> None:
+        n, split = self.parameters, FP32.wire_bytes(self.local.numel() - self.parameters)
         with torch.no_grad():
-            delta = self.codec.decode(payload[:split], n).to(self.local.device)
+            if update.kind is Kind.AGREED:
+                self.local.copy_(FP32.decode(payload, self.local.numel()))
+                self.anchor.copy_(self.local[:n])
+                self.feedback = self.coding.up()  # what was not sent yet is in this region's replica, and so in the mean
+                return
+            buffers = FP32.decode(payload[:split], self.local.numel() - n).to(self.local.device)
+            delta = self.feedback.codec.decode(payload[split:], n).to(self.local.device)
             self.local[:n].add_(delta, alpha=weight)
             self.anchor.add_(delta, alpha=weight)
-            buffers = self.codec.decode(payload[split:], self.local.numel() - n).to(self.local.device)
             self.local[n:].lerp_(buffers, weight / self.regions)
 
+    def take_back(self, update: Update, payload: Payload, weight: float) -> None:
+        raise AssertionError("a push is never given back")
+
+    def share(self) -> Payload:
+        return encode_whole(self.local)
+
+    def adopt(self, payload: Payload) -> None:
+        raise AssertionError("a push strategy's views begin with a full merge")
+
+    def new_view(self) -> None: ...
+
     def state(self) -> dict[str, Tensor]:
-        kept = {"anchor": self.anchor, "residual_up": self.feedback.residual}
-        return {name: tensor for name, tensor in kept.items() if tensor is not None}
+        return {"anchor": self.anchor} | {f"up.{name}": tensor for name, tensor in self.feedback.state().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.anchor = state["anchor"].to(self.local.device)
-        self.feedback.residual = state.get("residual_up")
+        self.feedback.load_state(_under("up", state))
 
 
 @dataclass(slots=True)
@@ -134,14 +282,37 @@ class MixReplica:
     """Asynchronous MA: pushes its parameters, and moves towards those that arrive: w = (1 - a) w + a w_i."""
 
     local: Tensor
-    codec: Codec
+    coding: Coding
 
-    def produce(self) -> Payload:
-        return self.codec.encode(self.local.detach().cpu())
+    def wire_bytes(self, update: Update) -> int:
+        codec = self.coding.codec if update.kind is Kind.PUSH else FP32
+        return codec.wire_bytes(self.local.numel())
 
-    def apply(self, payload: Payload, weight: float) -> None:
+    def produce(self, update: Update) -> Payload:
+        return encode_whole(self.local) if update.kind is Kind.REPLICA else self.coding.codec.encode(self.local.detach().cpu())
+
+    def merge(self, update: Update, parts: Sequence[tuple[Update, Payload]]) -> tuple[Payload, dict[str, str]]:
+        return mean_of_replicas(parts, self.local.numel())
+
+    def apply(self, update: Update, payload: Payload, weight: float) -> None:
+        codec = self.coding.codec if update.kind is Kind.PUSH else FP32
+        other = codec.decode(payload, self.local.numel()).to(self.local.device)
         with torch.no_grad():
-            self.local.lerp_(self.codec.decode(payload, self.local.numel()).to(self.local.device), weight)
+            if update.kind is Kind.AGREED:
+                self.local.copy_(other)
+            else:
+                self.local.lerp_(other, weight)
+
+    def take_back(self, update: Update, payload: Payload, weight: float) -> None:
+        raise AssertionError("a push is never given back")
+
+    def share(self) -> Payload:
+        return encode_whole(self.local)
+
+    def adopt(self, payload: Payload) -> None:
+        raise AssertionError("a push strategy's views begin with a full merge")
+
+    def new_view(self) -> None: ...
 
     def state(self) -> dict[str, Tensor]:
         return {}
@@ -150,15 +321,17 @@ class MixReplica:
         assert not state, sorted(state)
 
 
-def replica_of(strategy: Strategy, local: Tensor, parameters: int, codec: Codec, regions: int) -> MergeReplica | DeltaReplica | MixReplica:
+def replica_of(
+    strategy: Strategy, local: Tensor, parameters: int, coding: Coding, regions: int, fragments: tuple[Fragment, ...] = ()
+) -> MergeReplica | DeltaReplica | MixReplica:
     """The replica that carries out a strategy on `local`, whose first `parameters` elements are parameters."""
     match strategy:
         case Merging():
-            return MergeReplica(local, parameters, codec, strategy)
+            return MergeReplica(local, parameters, coding, strategy, fragments)
         case Pushing(sends="delta"):
-            return DeltaReplica(local, parameters, codec, regions)
+            return DeltaReplica(local, parameters, coding, regions)
         case Pushing(sends="parameters"):
-            return MixReplica(local, codec)
+            return MixReplica(local, coding)
         case Pushing():
             raise AssertionError(strategy.sends)
         case _:

@@ -1,36 +1,18 @@
-"""JobSpec: what the user asked for. Strict YAML in, frozen values out.
-
-The only module that knows pydantic. Paths in a job are relative to the job file. The text under a field is its documentation.
-"""
+"""JobSpec: what the user asked for. The text under a field is its documentation."""
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from geotrain.errors import JobError
-from geotrain.mistakes import explain, is_echo, members_of
-
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,40}$")]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Momentum = Annotated[float, Field(ge=0, lt=1)]
-ImportPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
-HostPort = Annotated[str, Field(pattern=r"^[\w.\-\[\]:]+:\d{1,5}$")]
+from geotrain.job.base import Count, HostPort, ImportPath, Name, NonNegative, Positive, Spec
+from geotrain.job.sync import Merged, ModelAveraging, Sync
 
 SECRET_OPTION = re.compile(r"secret|token|passw|^key$|_key$|credential", re.IGNORECASE)
 WILDCARD = ("0.0.0.0:", "[::]:")
 LOOPBACK = ("127.", "localhost:", "[::1]:")
-
-
-class Spec(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class FromEnv(Spec):
@@ -139,6 +121,10 @@ class LinkSpec(Spec):
     rtt_ms: NonNegative = 50.0
     usd_per_gb: NonNegative = 0.0
     """Egress price, charged to the sender."""
+    jitter_ms: NonNegative = 0.0
+    """For `geotrain simulate`: the standard deviation of the way there."""
+    loss: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """For `geotrain simulate`: share of packets lost; each is sent again, and one round trip later."""
 
 
 class Links(LinkSpec):
@@ -146,6 +132,9 @@ class Links(LinkSpec):
 
     pairs: dict[str, LinkSpec] = {}
     """`tokyo>virginia: {...}` for one direction, `tokyo-virginia: {...}` for both."""
+    trace: str | None = None
+    """How links change over time, for `geotrain simulate`: a CSV file with the columns seconds, link (`tokyo>virginia`, `tokyo-virginia`
+    or `all`) and mbit_per_s; a row holds until the link's next. 0 cuts the link."""
 
 
 class Shape(Spec):
@@ -194,56 +183,31 @@ class TrainSpec(Spec):
         return self
 
 
-CodecName = Literal["fp32", "bf16"]
+class Outage(Spec):
+    """A region that is not there for a while."""
+
+    region: str
+    from_s: NonNegative
+    to_s: Positive | None = None
+    """None: it does not come back."""
 
 
-class Asgd(Spec):
-    """Asynchronous SGD: every inner step's update goes to the others at once. The baseline."""
+class SimulateSpec(Spec):
+    """What `geotrain simulate` assumes and a real run measures."""
 
-    strategy: Literal["asgd"]
-    codec: CodecName = "fp32"
-    max_staleness: Count = 2
-    """A region pauses rather than get more than this many rounds ahead of what it has heard."""
-
-
-class AsgdGa(Asgd):
-    """ASGD with gradient accumulation: the sum of `every` inner steps is sent, and nobody waits."""
-
-    strategy: Literal["asgd_ga"]  # type: ignore[assignment]
-    every: Count = 8
-    """Inner steps between two sends, H."""
-
-
-class ModelAveraging(Spec):
-    """MA: the parameters are averaged, weighted by samples."""
-
-    strategy: Literal["ma"]
-    every: Count = 8
-    mode: Literal["sync", "async"] = "sync"
-    """sync: a merge round for all. async: mix in what arrives, when it arrives."""
-    alpha: Annotated[float, Field(gt=0, le=1)] | None = None
-    """async only: weight of an arriving replica; None: 1 / regions. Divided by 1 + staleness."""
-    codec: CodecName = "fp32"
-    max_staleness: Count = 2
-
-    @model_validator(mode="after")
-    def _alpha_is_async(self) -> "ModelAveraging":
-        if self.alpha is not None and self.mode == "sync":
-            raise ValueError("alpha belongs to mode: async; a sync merge weighs by samples")
-        return self
-
-
-class DiLoCo(Spec):
-    """DiLoCo: merged pseudo-gradients drive an outer Nesterov SGD (arXiv 2311.08105)."""
-
-    strategy: Literal["diloco"]
-    every: Count = 50
-    outer_lr: Positive = 0.7
-    outer_momentum: Momentum = 0.9
-    codec: CodecName = "fp32"
-
-
-Sync = Annotated[Asgd | AsgdGa | ModelAveraging | DiLoCo, Field(discriminator="strategy")]
+    samples_per_s: Positive = 100.0
+    """Of a device that gives no `samples_per_s` of its own."""
+    step_spread: NonNegative = 0.05
+    """Standard deviation of an inner step's time over its mean; the times are log-normal."""
+    overlap_slowdown: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """How much slower inner steps are while an exchange is under way."""
+    outages: tuple[Outage, ...] = ()
+    detect_s: Positive = 10.0
+    """After how long a lost region leaves the view."""
+    rows: Count = 10_000
+    """Rows of a region whose data is not there to be counted."""
+    model_mb: Positive | None = None
+    """Size of the model, fp32; None: the task's."""
 
 
 class ScheduleSpec(Spec):
@@ -288,6 +252,7 @@ class JobSpec(Spec):
     shape: Shape | None = None
     train: TrainSpec
     sync: Sync
+    simulate: SimulateSpec = SimulateSpec()
     schedule: ScheduleSpec = ScheduleSpec()
     output: OutputSpec = OutputSpec()
     registry: RegistrySpec | None = None
@@ -302,6 +267,19 @@ class JobSpec(Spec):
                 raise ValueError(f"links.pairs: '{pair}' is not 'one>other' or 'one-other' of the regions {', '.join(names)}")
         if self.train.until and not any(region.data.eval for region in self.regions):
             raise ValueError("train.until needs held-out rows: give at least one region data.eval")
+        return self
+
+    @model_validator(mode="after")
+    def _merges_fit_the_regions(self) -> "JobSpec":
+        sync, count = self.sync, len(self.regions)
+        if isinstance(sync, Merged) and not (isinstance(sync, ModelAveraging) and sync.mode == "async"):
+            if sync.quorum is not None and sync.quorum > count:
+                raise ValueError(f"sync.quorum: {sync.quorum} contributions of {count} regions: it can be {count} at most")
+            if sync.merge in ("median", "trimmed", "flag", "norm_clipped") and count < 3:
+                raise ValueError(f"sync.merge: {sync.merge} tells the odd one out of three regions or more; there are {count}")
+        for outage in self.simulate.outages:
+            if outage.region not in [region.name for region in self.regions]:
+                raise ValueError(f"simulate.outages: no region '{outage.region}'")
         return self
 
     def region(self, name: str) -> RegionSpec:
@@ -322,74 +300,3 @@ class JobSpec(Spec):
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
-
-
-def load_job(path: str, overrides: Mapping[str, Any] | None = None) -> JobSpec:
-    """Read a job file. `overrides` are dotted keys (`sync.every`: 16) laid over it. Raises JobError."""
-    file = Path(path)
-    try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise JobError(f"cannot read the job file {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise JobError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise JobError(f"{path} must hold a mapping with name, task, regions, train and sync")
-    for key, value in (overrides or {}).items():
-        _lay_over(tree, key, value)
-    return _resolved(parse_job(tree, path), file.resolve().parent)
-
-
-def parse_job(tree: Mapping[str, Any], source: str = "job") -> JobSpec:
-    """Check a parsed job. Raises JobError that lists every mistake, each with its key and what to write instead."""
-    try:
-        return JobSpec.model_validate(tree)
-    except ValidationError as error:
-        unions = (*members_of(Cluster), *members_of(Sync))
-        lines = [explain(mistake, tree, JobSpec, unions) for mistake in error.errors() if not is_echo(mistake)]
-        raise JobError(f"{source}: {len(lines)} mistake{'s' * (len(lines) > 1)}\n" + "\n".join(f"  - {line}" for line in lines)) from None
-
-
-def _lay_over(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    *path, last = dotted.split(".")
-    here: Any = tree
-    for step in path:
-        here = here[_index(here, step, dotted)] if isinstance(here, list) else here.setdefault(step, {})
-        if not isinstance(here, dict | list):
-            raise JobError(f"--set {dotted}: '{step}' is not a mapping")
-    if isinstance(here, list):
-        here[_index(here, last, dotted)] = value
-    else:
-        here[last] = value
-
-
-def _index(items: list[Any], step: str, dotted: str) -> int:
-    """A list's element by its `name`, or by its number."""
-    for position, item in enumerate(items):
-        if str(position) == step or (isinstance(item, dict) and item.get("name") == step):
-            return position
-    raise JobError(f"--set {dotted}: nothing called '{step}' there")
-
-
-def _resolved(job: JobSpec, base: Path) -> JobSpec:
-    """The job with its relative paths made absolute."""
-
-    def full(url: str) -> str:
-        return url if "://" in url else str((base / Path(url).expanduser()).resolve())
-
-    def full_region(region: RegionSpec) -> RegionSpec:
-        data = region.data.model_copy(update={"train": full(region.data.train), "eval": region.data.eval and full(region.data.eval)})
-        cluster = region.cluster
-        if isinstance(cluster, AddressCluster) and cluster.security:
-            files = {key: full(value) for key, value in cluster.security.model_dump().items()}
-            cluster = cluster.model_copy(update={"security": SecurityFiles(**files)})
-        return region.model_copy(update={"data": data, "cluster": cluster})
-
-    changed: dict[str, Any] = {
-        "code": tuple(full(path) for path in job.code),
-        "regions": tuple(full_region(region) for region in job.regions),
-        "output": job.output.model_copy(update={"url": full(job.output.url)}),
-    }
-    if job.registry:
-        changed["registry"] = job.registry.model_copy(update={"url": full(job.registry.url)})
-    return job.model_copy(update=changed)

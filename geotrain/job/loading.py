@@ -1,0 +1,86 @@
+"""Reading a job: strict YAML in, frozen values out. Paths in a job are relative to the job file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from geotrain.errors import JobError
+from geotrain.job.spec import AddressCluster, Cluster, JobSpec, RegionSpec, SecurityFiles
+from geotrain.job.sync import Sync
+from geotrain.mistakes import explain, is_echo, members_of
+
+
+def load_job(path: str, overrides: Mapping[str, Any] | None = None) -> JobSpec:
+    """Read a job file. `overrides` are dotted keys (`sync.every`: 16) laid over it. Raises JobError."""
+    file = Path(path)
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise JobError(f"cannot read the job file {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise JobError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise JobError(f"{path} must hold a mapping with name, task, regions, train and sync")
+    for key, value in (overrides or {}).items():
+        _lay_over(tree, key, value)
+    return _resolved(parse_job(tree, path), file.resolve().parent)
+
+
+def parse_job(tree: Mapping[str, Any], source: str = "job") -> JobSpec:
+    """Check a parsed job. Raises JobError that lists every mistake, each with its key and what to write instead."""
+    try:
+        return JobSpec.model_validate(tree)
+    except ValidationError as error:
+        unions = (*members_of(Cluster), *members_of(Sync))
+        lines = [explain(mistake, tree, JobSpec, unions) for mistake in error.errors() if not is_echo(mistake)]
+        raise JobError(f"{source}: {len(lines)} mistake{'s' * (len(lines) > 1)}\n" + "\n".join(f"  - {line}" for line in lines)) from None
+
+
+def _lay_over(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *path, last = dotted.split(".")
+    here: Any = tree
+    for step in path:
+        here = here[_index(here, step, dotted)] if isinstance(here, list) else here.setdefault(step, {})
+        if not isinstance(here, dict | list):
+            raise JobError(f"--set {dotted}: '{step}' is not a mapping")
+    if isinstance(here, list):
+        here[_index(here, last, dotted)] = value
+    else:
+        here[last] = value
+
+
+def _index(items: list[Any], step: str, dotted: str) -> int:
+    """A list's element by its `name`, or by its number."""
+    for position, item in enumerate(items):
+        if str(position) == step or (isinstance(item, dict) and item.get("name") == step):
+            return position
+    raise JobError(f"--set {dotted}: nothing called '{step}' there")
+
+
+def _resolved(job: JobSpec, base: Path) -> JobSpec:
+    """The job with its relative paths made absolute."""
+
+    def full(url: str) -> str:
+        return url if "://" in url else str((base / Path(url).expanduser()).resolve())
+
+    def full_region(region: RegionSpec) -> RegionSpec:
+        data = region.data.model_copy(update={"train": full(region.data.train), "eval": region.data.eval and full(region.data.eval)})
+        cluster = region.cluster
+        if isinstance(cluster, AddressCluster) and cluster.security:
+            files = {key: full(value) for key, value in cluster.security.model_dump().items()}
+            cluster = cluster.model_copy(update={"security": SecurityFiles(**files)})
+        return region.model_copy(update={"data": data, "cluster": cluster})
+
+    changed: dict[str, Any] = {
+        "code": tuple(full(path) for path in job.code),
+        "regions": tuple(full_region(region) for region in job.regions),
+        "output": job.output.model_copy(update={"url": full(job.output.url)}),
+    }
+    if job.links and job.links.trace:
+        changed["links"] = job.links.model_copy(update={"trace": full(job.links.trace)})
+    if job.registry:
+        changed["registry"] = job.registry.model_copy(update={"url": full(job.registry.url)})
+    return job.model_copy(update=changed)

@@ -1,0 +1,109 @@
+"""What every RoundMachine counts: rounds, inner steps, samples, and whether it may step."""
+
+from dataclasses import dataclass
+
+from geotrain.sync.messages import Discard, Hold, Instruction, Resume, RoundClosed, SegmentBegins, SegmentOver, StepDone, Update, View
+from geotrain.sync.pace import Pace
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a region is."""
+
+    region: str
+    view: View
+    pace: Pace
+    round: int = 0
+    """The round that this region is in."""
+    done: int = 0
+    """Inner steps of this epoch in the rounds before; negative where some of the epoch before are still to be made."""
+    rows: int = 1
+    """This region's weight in a full merge."""
+    fresh: bool = False
+    """It joins without anything learned: its first full merge only gives to it."""
+    first: int = 0
+    until: int = 0
+    """The segment that is under way."""
+    steps: int = 0
+    samples: int = 0
+    held: bool = True
+    over: bool = True
+    last: int | None = None
+    """The agreed early end, once anybody asked."""
+    stop_asked: bool = False
+    _quota: int | None = None
+
+    @property
+    def quota(self) -> int:
+        """Inner steps of this round."""
+        if self._quota is None:
+            self._quota = self.pace.steps(self.round, self.done)
+        return self._quota
+
+    @property
+    def round_is_full(self) -> bool:
+        return self.steps >= self.quota
+
+    @property
+    def end(self) -> int:
+        """The segment ends before this round."""
+        return self.until if self.last is None else min(self.until, self.last)
+
+    def begin_segment(self, event: SegmentBegins) -> None:
+        self.until, self.last, self.over, self.stop_asked = event.until, None, False, False
+        self.first = self.round if event.first is None else event.first
+
+    def end_before(self, last: int | None) -> None:
+        """Somebody wishes the segment to end before round `last`."""
+        if last is not None and last > self.first:
+            self.last = last if self.last is None else min(self.last, last)
+
+    def count(self, event: StepDone) -> None:
+        assert not self.held, f"{self.region} stepped while held in round {self.round}"
+        self.steps += event.steps
+        self.samples += event.samples
+        assert self.steps <= self.quota, (self.region, self.round, self.steps)
+
+    def close_round(self, now: float) -> RoundClosed:
+        closed = RoundClosed(self.round, self.samples, now)
+        self.jump(self.round + 1)
+        return closed
+
+    def jump(self, round: int) -> None:
+        """Go to the beginning of a round; steps made so far stay made, steps missed by the end of an epoch are owed to the next."""
+        epoch, following = self.pace.epoch(self.round), self.pace.epoch(round)
+        self.done += self.steps
+        if following == epoch + 1:
+            self.done = min(0, self.done - self.pace.steps_in(epoch))
+        elif following != epoch:
+            self.done = 0
+        self.round, self.steps, self.samples, self._quota = round, 0, 0, None
+
+    def hold(self, reason: str) -> list[Instruction]:
+        """Say so once."""
+        if self.held:
+            return []
+        self.held = True
+        return [Hold(reason)]
+
+    def resume(self) -> list[Instruction]:
+        was_held, self.held = self.held, False
+        return [Resume()] if was_held else []
+
+    def finish(self) -> list[Instruction]:
+        self.held = self.over = True
+        return [SegmentOver(self.round)]
+
+    def other_view(self, update: Update) -> Discard | None:
+        """What to say to an update of an older view."""
+        if update.epoch < self.view.epoch:
+            return Discard(update, f"of view {update.epoch}, this is view {self.view.epoch}")
+        return None
+
+
+def keep_early(early: list[Update], update: Update) -> list[Instruction]:
+    """Put an update aside whose time has not come; of two copies one."""
+    if any(update.key == kept.key for kept in early):
+        return [Discard(update, "already here")]
+    early.append(update)
+    return []
