@@ -179,6 +179,10 @@ class World:
         """What inner steps did since the view began, of each region."""
         self.base = self.begin.clone()
         """What all had when the view began, of a push strategy."""
+        self.pull: Tensor | None = None
+        """The point towards which gradients point; None: they are noise."""
+        self.sick: dict[str, Callable[[Tensor], Tensor]] = {}
+        """What becomes of the pseudo-gradients of some regions."""
         self.open_contributions: set[tuple[int, int, int]] = set()
         """Of which it is not known yet whether a merge took them."""
         self._calendar: list[tuple[float, int, Callable[[], None]]] = []
@@ -373,7 +377,12 @@ class World:
         node.steps += 1
         gradient = torch.randn(SIZE, generator=generator)
         gradient[PARAMETERS:] = 0
-        node.server.replica.local -= 0.1 * gradient
+        replica = node.server.replica
+        if self.pull is not None:
+            gradient = 0.1 * gradient + 5 * (replica.local - self.pull)
+        replica.local -= 0.1 * gradient
+        if node.name in self.sick and at.steps + 1 == at.quota:
+            replica.local.copy_(replica.theta - self.sick[node.name](replica.theta - replica.local))
         self.delta[node.name] -= 0.1 * gradient.double()
         self.made[node.name][at.round] = self.made[node.name].get(at.round, 0) + 1
         node.server.handle(StepDone(1 + node.steps % 4, node.server.clock()))
@@ -437,7 +446,12 @@ def parse_sync(sync: dict[str, Any], regions: int = 5) -> Any:
 
 
 def make_world(
-    sync: dict[str, Any], seed: int, faults: Schedule | None = None, *, regions: int | None = None, tell: Callable[[str], None] | None = None
+    sync: dict[str, Any],
+    seed: int,
+    faults: Schedule | None = None,
+    *,
+    regions: int | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> World:
     """A world of a job's sync section; what is left open comes from the seed."""
     choose = random.Random(seed)

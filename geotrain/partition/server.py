@@ -36,6 +36,7 @@ from geotrain.sync.messages import (
     Tick,
     Update,
     View,
+    ViewBegins,
     ViewChanged,
     Wake,
 )
@@ -113,7 +114,6 @@ class ParameterServer:
 
     def change_view(self, view: View) -> None:
         """The control plane changed who is in."""
-        self.replica.new_view()
         self.handle(ViewChanged(view, self.clock()))
 
     def step_done(self, samples: int, loss: Tensor) -> Directive:
@@ -203,6 +203,8 @@ class ParameterServer:
                 self.replica.adopt(self._payloads.pop(update.key))
                 self._changed = True
                 self.event("healed", {"round": update.round, "by": update.origin})
+            case ViewBegins():
+                self.replica.new_view()
             case Discard(update, reason):
                 if copy_of is None or update.key != copy_of.key:
                     self._payloads.pop(update.key, None)

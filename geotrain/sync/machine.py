@@ -36,7 +36,7 @@ def round_machine(strategy: Strategy, at: Progress, *, joins: bool = False) -> R
     at.fresh = joins
     match strategy:
         case Merging():
-            waiting_for = {at.region: None} if joins else {}
+            waiting_for: dict[str, tuple[int, int] | None] = {at.region: None} if joins else {}
             return MergeMachine(at, strategy, lineage=NEWCOMER if joins else at.view.epoch, waiting_for=waiting_for)
         case Pushing():
             return PushMachine(at, strategy, full=FullMerge(at) if joins else None)

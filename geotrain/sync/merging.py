@@ -30,6 +30,7 @@ from geotrain.sync.messages import (
     Tick,
     Update,
     View,
+    ViewBegins,
     ViewChanged,
     Wake,
 )
@@ -261,7 +262,7 @@ class MergeMachine:
         at.view, self.state, self.full, self.fulls = view, None, None, 0
         self.waiting_for = dict.fromkeys(view.regions)
         self.waiting_for[at.region] = (self.lineage, self.applied)
-        out += at.hold(f"view {view.epoch}: finding out who is ahead")
+        out += [ViewBegins(view), *at.hold(f"view {view.epoch}: finding out who is ahead")]
         hello = Update(Kind.HELLO, view.epoch, at.region, self.applied, lineage=self.lineage)
         out += [Send(hello, other) for other in view.others(at.region)]
         early, self.early = self.early, []

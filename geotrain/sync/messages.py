@@ -189,6 +189,13 @@ class Adopt:
 
 
 @dataclass(frozen=True, slots=True)
+class ViewBegins:
+    """What a replica keeps about the regions of a view ends here."""
+
+    view: View
+
+
+@dataclass(frozen=True, slots=True)
 class Discard:
     """Forget the payload of `update`; it must change nothing. Every discard has its reason."""
 
@@ -242,6 +249,7 @@ Instruction = (
     | Settle
     | Readdress
     | Adopt
+    | ViewBegins
     | Discard
     | Hold
     | Resume

@@ -24,6 +24,7 @@ from geotrain.sync.messages import (
     Tick,
     Update,
     View,
+    ViewBegins,
     ViewChanged,
 )
 from geotrain.sync.progress import Progress, keep_early
@@ -148,7 +149,7 @@ class PushMachine:
     def _change_view(self, view: View, now: float) -> list[Instruction]:
         out = self.full.abandon() if self.full else []
         self.at.view, self.fulls = view, 0
-        return out + self._merge_fully(now)
+        return [*out, ViewBegins(view), *self._merge_fully(now)]
 
     def _merge_fully(self, now: float) -> list[Instruction]:
         at = self.at

@@ -63,15 +63,8 @@ class Transport(Protocol):
 
 def header_of(update: Update) -> dict[str, Any]:
     """The header as JSON-able values."""
-    return {
-        "kind": update.kind.value,
-        "epoch": update.epoch,
-        "origin": update.origin,
-        "round": update.round,
-        "fragment": update.fragment,
-        "samples": update.samples,
-        "last": update.last,
-    }
+    values = {name: getattr(update, name) for name in Update.__slots__}
+    return {**values, "kind": update.kind.value, "members": list(update.members)}
 
 
 def update_of(header: dict[str, Any]) -> Update:
@@ -81,7 +74,11 @@ def update_of(header: dict[str, Any]) -> Update:
         value = header.get(name)
         if type(value) is not kind or (isinstance(value, int) and value < 0):
             raise ValueError(f"header field {name} is {value!r}")
-    last = header.get("last")
+    last, members, lineage = header.get("last"), header.get("members"), header.get("lineage")
     if last is not None and (type(last) is not int or last < 0):
         raise ValueError(f"header field last is {last!r}")
-    return Update(Kind(header.get("kind")), **{name: header[name] for name in fields}, last=last)
+    if type(members) is not list or not all(type(member) is str for member in members):
+        raise ValueError(f"header field members is {members!r}")
+    if type(lineage) is not int or lineage < -1:
+        raise ValueError(f"header field lineage is {lineage!r}")
+    return Update(Kind(header.get("kind")), **{name: header[name] for name in fields}, last=last, members=tuple(members), lineage=lineage)

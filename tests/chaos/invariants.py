@@ -82,7 +82,9 @@ def play(sync: Sync, seed: int, *, calm: bool = False, tell: Callable[[str], Non
     if not world.strategy.ends_equal:
         world.merge_fully()
         first, *others = world.there()
-        assert all(torch.equal(first.server.replica.local, other.server.replica.local) for other in others), "not equal after the full merge"
+        assert all(torch.equal(first.server.replica.local, other.server.replica.local) for other in others), (
+            "not equal after the full merge"
+        )
     return world
 
 
@@ -112,7 +114,9 @@ def every_row_once(world: World) -> None:
     for node in world.there():
         at, steps = node.server.machine.at, world.steps[node.name]
         made = sum(world.made[node.name].values())
-        assert made == at.pace.epoch(at.round) * steps + at.done, f"{node.name} made {made} steps by round {at.round}, {at.done} of this epoch"
+        assert made == at.pace.epoch(at.round) * steps + at.done, (
+            f"{node.name} made {made} steps by round {at.round}, {at.done} of this epoch"
+        )
         assert may_owe(world) or at.done >= 0, f"{node.name} owes steps and was never left behind"
 
 

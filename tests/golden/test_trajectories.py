@@ -3,32 +3,28 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from geotrain.job import parse_job
+from geotrain.sync.feedback import coding_of
 from geotrain.sync.strategy import strategy_of
-from tests.world import Faults, World
+from tests.chaos.invariants import CODECS, STRATEGIES
+from tests.world import Schedule, World, parse_sync
 
+SYNC = {**STRATEGIES, **{f"diloco-{codec}": {**STRATEGIES["diloco"], **wire} for codec, wire in CODECS.items()}}
 FILE = Path(__file__).with_name("trajectories.json")
-SYNC = {
-    "asgd": {"strategy": "asgd"},
-    "asgd_ga": {"strategy": "asgd_ga", "every": 4},
-    "ma": {"strategy": "ma", "every": 4},
-    "ma-async": {"strategy": "ma", "every": 4, "mode": "async"},
-    "diloco": {"strategy": "diloco", "every": 4},
-    "diloco-bf16": {"strategy": "diloco", "every": 4, "codec": "bf16"},
-}
 
 
-def trajectory(sync: dict[str, object]) -> dict[str, list[list[float]]]:
-    """Region -> parameters after every third round."""
-    job = parse_job({"name": "g", "task": "a:B", "regions": [{"name": "a", "data": {"train": "t"}}], "train": {"epochs": 1}, "sync": sync})
-    built = World(
-        strategy_of(job.sync), {"lima": 12, "oslo": 8, "cairo": 12}, 12 // getattr(job.sync, "every", 1), 7, Faults(), job.sync.codec
-    )
-    built.segment(3 * (12 // getattr(job.sync, "every", 1)))
-    return {name: [[round(x, 5) for x in after.tolist()] for r, after in built.after[name].items() if r % 3 == 0] for name in built.names}
+def trajectory(sync: dict[str, Any]) -> dict[str, list[list[float]]]:
+    """Region -> what all agree on (merge), or the parameters (push), after every third round."""
+    spec = parse_sync(sync, 3)
+    strategy = strategy_of(spec, 3)
+    built = World(strategy, {"lima": 12, "oslo": 8, "cairo": 12}, 12 // strategy.steps_per_round, 7, Schedule(), coding_of(spec))
+    built.segment(3 * built.rounds_per_epoch)
+    return {
+        name: [[round(x, 4) for x in after.tolist()[:8]] for r, after in built.after[name].items() if r % 3 == 0] for name in built.names
+    }
 
 
 @pytest.mark.parametrize("name", SYNC)
@@ -39,4 +35,4 @@ def test_a_trajectory_is_as_it_was(name: str) -> None:
         FILE.write_text(json.dumps({**known, name: now}, indent=None, separators=(",", ":")) + "\n")
         known = {name: now}
     for region, points in known[name].items():
-        assert now[region] == [pytest.approx(point, abs=2e-5) for point in points], region
+        assert now[region] == [pytest.approx(point, abs=2e-4) for point in points], region

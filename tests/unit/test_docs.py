@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 from typing import Any, get_args
 
-from geotrain import job
 from geotrain.cli import app
-from geotrain.job import JobSpec
+from geotrain.job import JobSpec, Sync
+from geotrain.job.base import Spec
 from geotrain.mistakes import members_of
 
 ROOT = Path(__file__).parents[2]
@@ -16,7 +16,7 @@ DOC = ROOT / "docs/job.md"
 
 def kind(annotation: Any) -> str:
     text = str(annotation) if get_args(annotation) else getattr(annotation, "__name__", str(annotation))
-    text = re.sub(r"geotrain\.job\.|typing\.|Annotated\[", "", text)
+    text = re.sub(r"geotrain\.job\.\w+\.|typing\.|Annotated\[", "", text)
     return re.sub(r", (FieldInfo|Field|Ge|Gt|Le|Lt|StringConstraints)\(.*", "", text).replace("|", "or")
 
 
@@ -29,7 +29,7 @@ def default(field: Any) -> str:
 
 def section(model: Any) -> list[str]:
     lines = [f"## {model.__name__}", ""]
-    if model.__doc__ and model.__doc__ != job.Spec.__doc__:
+    if model.__doc__ and model.__doc__ != Spec.__doc__:
         lines += [model.__doc__.strip(), ""]
     lines += ["| key | kind | default | what it is |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
@@ -44,7 +44,7 @@ def reference() -> str:
         if model not in seen:
             seen.append(model)
             todo += [inner for field in model.model_fields.values() for inner in members_of(field.annotation)]
-    head = ["# The job, key by key", "", "Made from `geotrain/job.py`. An unknown key is an error. Paths are relative to the job file.", ""]
+    head = ["# The job, key by key", "", "Made from `geotrain/job/`. An unknown key is an error. Paths are relative to the job file.", ""]
     return "\n".join(head + [line for model in seen for line in section(model)])
 
 
@@ -67,7 +67,7 @@ def test_the_readme_names_only_what_there_is() -> None:
 
 def test_every_strategy_is_described() -> None:
     text = (ROOT / "docs/strategies.md").read_text()
-    for model in members_of(job.Sync):
+    for model in members_of(Sync):
         (tag,) = get_args(model.model_fields["strategy"].annotation)
         assert f"`{tag}`" in text, tag
 

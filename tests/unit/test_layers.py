@@ -85,7 +85,7 @@ def test_heavy_libraries_stay_where_they_belong(path: Path) -> None:
 
 
 def test_the_core_has_no_clock_threads_or_sockets() -> None:
-    for path in (ROOT / "geotrain/sync").glob("*.py"):
+    for path in (ROOT / "geotrain/sync").rglob("*.py"):
         assert not imported(path) & {"time", "threading", "socket", "random", "queue", "os"}, path
 
 

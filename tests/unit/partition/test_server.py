@@ -10,7 +10,7 @@ from tests.world import World
 
 def begun(strategy: Merging | Pushing) -> World:
     world = World(strategy, {"lima": 2, "oslo": 2}, 1, seed=1)
-    world.servers["lima"].handle(SegmentBegins(1, 0.0))
+    world.nodes["lima"].server.handle(SegmentBegins(1, 0.0))
     return world
 
 
@@ -18,7 +18,7 @@ def begun(strategy: Merging | Pushing) -> World:
 @pytest.mark.parametrize("sick", ["loss", "parameters"])
 def test_nothing_of_a_round_that_went_wrong_leaves_the_region(strategy: Merging | Pushing, sick: str) -> None:
     world = begun(strategy)
-    server = world.servers["lima"]
+    server = world.nodes["lima"].server
     server.step_done(3, torch.tensor(0.5))
     if sick == "parameters":
         server.replica.local[0] = math.inf
@@ -30,7 +30,7 @@ def test_nothing_of_a_round_that_went_wrong_leaves_the_region(strategy: Merging 
 def test_a_rounds_loss_is_its_mean_by_rows() -> None:
     seen = []
     world = begun(Pushing("delta", 2, 1))
-    server = world.servers["lima"]
+    server = world.nodes["lima"].server
     server.report = seen.append
     server.machine.at.until = 5
     server.step_done(1, torch.tensor(4.0))

@@ -98,7 +98,7 @@ def test_timeouts_follow_from_payload_and_link() -> None:
 def test_a_plan_covers_the_epochs_and_survives_json(paris: int, tokyo: int, batch: int, every: int, epochs: float) -> None:
     train = {"batch_size": batch, "epochs": epochs}
     plan = make_plan(job(train=train, sync={"strategy": "ma", "every": every}), data(paris=paris, tokyo=tokyo), offers(cpu(3), cpu(2)), 10)
-    assert plan.rounds >= epochs * plan.rounds_per_epoch - 1e-6
+    assert plan.rounds >= epochs * plan.region("paris").rounds_per_epoch - 1e-6
     assert plan.segment_end(plan.segments) == plan.rounds
     assert plan.segment_end(plan.segments - 1) < plan.rounds or plan.segments == 1
     assert Plan.from_dict(plan.to_dict()) == plan
