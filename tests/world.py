@@ -156,9 +156,12 @@ class World:
         faults: Schedule | None = None,
         coding: Coding | None = None,
         *,
+        weather: int | None = None,
         tell: Callable[[str], None] | None = None,
     ) -> None:
-        self.random, self.faults, self.now, self.seed = random.Random(seed), faults or Schedule(), 0.0, seed
+        """`weather`: the seed of all that is not arithmetic; None: the same."""
+        self.random = random.Random(seed if weather is None else weather)
+        self.faults, self.now, self.seed = faults or Schedule(), 0.0, seed
         self.strategy, self.steps, self.rounds_per_epoch, self.tell = strategy, steps, rounds_per_epoch, tell
         self.coding = coding or coding_of(parse_sync({"strategy": "ma"}))
         self.names = sorted(steps)
@@ -185,6 +188,8 @@ class World:
         """What becomes of the pseudo-gradients of some regions."""
         self.open_contributions: set[tuple[int, int, int]] = set()
         """Of which it is not known yet whether a merge took them."""
+        self.fates: dict[tuple[int, int, int], type] = {}
+        """What became of a contribution whose merge is not applied yet."""
         self._calendar: list[tuple[float, int, Callable[[], None]]] = []
         self._number = itertools.count()
         self.epoch = 3
@@ -247,12 +252,18 @@ class World:
         match instruction:
             case Apply(update, _, staleness):
                 self.applied.append((node.name, update.key, staleness))
+                fate = self.fates.pop((id(node), update.round, update.fragment), None)
+                if update.kind is Kind.MERGED:
+                    assert len(update.members) >= (self.strategy.quorum or 1), f"merged of {update.members} alone"
+                    assert fate is (Settle if node.name in update.members else Return), f"{node.name} in {update.members}: {fate}"
             case Produce(update) if update.kind is Kind.CONTRIBUTION:
                 place = (id(node), update.round, update.fragment)
                 assert place not in self.open_contributions, f"{node.name} contributes twice to {place[1:]}"
                 self.open_contributions.add(place)
             case Settle(update) | Return(update) | Discard(update) if update.kind is Kind.CONTRIBUTION and update.origin == node.name:
-                self.open_contributions.remove((id(node), update.round, update.fragment))  # every contribution has one fate
+                place = (id(node), update.round, update.fragment)
+                self.open_contributions.remove(place)  # every contribution has one fate
+                self.fates[place] = type(instruction)
 
     def _seen(self, node: Node, instruction: Instruction) -> None:
         """After an update changed the parameters: keep them, and compare them with whoever was there before."""
@@ -397,6 +408,19 @@ class World:
             self.at(self.faults.stop_at, lambda: self._do(self.nodes[who], lambda: self.nodes[who].server.handle(StopAsked(0.0))))
         self._run(most_events)
 
+    def kill_and_resume(self) -> None:
+        """End every region, and begin it again, in a new view, from what a checkpoint keeps."""
+        self.epoch += 1
+        self.view = replace(self.view, epoch=self.epoch)
+        for name, old in self.nodes.items():
+            at, replica = old.server.machine.at, old.server.replica
+            self.nodes[name] = node = self._node(name)
+            node.steps, (now, then) = old.steps, (node.server.machine.at, node.server.replica)
+            now.round, now.done = at.round, at.done
+            node.server.machine.applied = at.round
+            then.local.copy_(replica.local)
+            then.load_state({key: tensor.clone() for key, tensor in replica.state().items()})
+
     def merge_fully(self) -> None:
         """The full merge that ends a run, in all regions that are in."""
         for node in self.there():
@@ -451,6 +475,7 @@ def make_world(
     faults: Schedule | None = None,
     *,
     regions: int | None = None,
+    weather: int | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> World:
     """A world of a job's sync section; what is left open comes from the seed."""
@@ -460,7 +485,8 @@ def make_world(
     strategy = strategy_of(spec, len(names))
     steps = {name: choose.randint(0 if n else 1, 14) for n, name in enumerate(names)}
     rounds = max(1, -(-max(steps.values()) // strategy.steps_per_round))
-    return World(strategy, steps, rounds, seed, faults if faults is not None else schedule(seed, names), coding_of(spec), tell=tell)
+    faults = faults if faults is not None else schedule(seed, names)
+    return World(strategy, steps, rounds, seed, faults, coding_of(spec), weather=weather, tell=tell)
 
 
 def short(instruction: Any) -> str:

@@ -221,14 +221,18 @@ class MergeMachine:
         return [step for place in sorted(self.collected) for step in self._merge_if_complete(place, now)] if not self.waiting_for else []
 
     def _merge_if_complete(self, place: Place, now: float) -> list[Instruction]:
-        """Merge a fragment once all contributed, or a quorum did and the grace time is over."""
+        """Merge a fragment once all contributed, or a quorum did and the grace time is over; rounds in their order.
+
+        The order matters to what the owner keeps from one merge to the next: its residual, and what a penalty compares with.
+        """
         there, everyone = self.collected.get(place), len(self.at.view.regions)
         quorum = self.strategy.quorum or everyone
-        if not there or len(there) < quorum:
+        before = (place[0] - self.strategy.turns, place[1])
+        if not there or len(there) < quorum or (before[0] >= self.applied and before not in self.merged):
             return []
         since = self._quorum_at.setdefault(place, now)
         if len(there) == everyone or now >= since + self.strategy.grace_s:
-            return self._merge(place)
+            return self._merge(place) + self._merge_if_complete((place[0] + self.strategy.turns, place[1]), now)
         return [Wake(since + self.strategy.grace_s)] if since == now else []
 
     def _merge(self, place: Place) -> list[Instruction]:

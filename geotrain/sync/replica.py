@@ -90,7 +90,7 @@ class MergeReplica:
     down: list[ErrorFeedback] = field(init=False)
     """The owner's, for merged fragments on their way back."""
     before: dict[int, Tensor] = field(default_factory=dict)
-    """With a penalty: each fragment's last merge."""
+    """The owner's, with a penalty: each fragment's last merge."""
     integral: dict[int, Tensor] = field(default_factory=dict)
     """With EControl: each fragment's sum of merges, which is what is applied."""
 
@@ -127,6 +127,8 @@ class MergeReplica:
         if self.strategy.penalty and number in self.before:
             turned = 1 - cosine(merged.vector, self.before[number])
             merged = Merged(merged.vector / (1 + self.strategy.penalty * turned / 2), merged.suspects)
+        if self.strategy.penalty:
+            self.before[number] = merged.vector.clone()
         return self.down[number].encode(merged.vector), merged.suspects
 
     def apply(self, update: Update, payload: Payload, weight: float) -> None:
@@ -140,8 +142,6 @@ class MergeReplica:
         merged = self.down[number].codec.decode(payload, self.fragments[number].elements)
         if self.coding.feedback == "econtrol":
             merged = self.integral[number] = self.integral[number] + merged if number in self.integral else merged.clone()
-        if self.strategy.penalty:
-            self.before[number] = merged.clone()
         self._outer_step(self.fragments[number], merged)
 
     def _outer_step(self, fragment: Fragment, merged: Tensor) -> None:

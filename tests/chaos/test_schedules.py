@@ -1,14 +1,15 @@
 """The invariants in virtual time, over seeded fault schedules. `make chaos SEEDS=n` runs as many as asked."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from geotrain.sync.merging import MergeMachine
-from tests.chaos.invariants import CODECS, RULES, STRATEGIES, combinations, play, replay
-from tests.world import PARAMETERS, Schedule, World, make_world, parse_sync, strategy_of
+from tests.chaos.invariants import CODECS, RULES, STRATEGIES, combinations, is_merge, play, replay
+from tests.world import NAMES, PARAMETERS, Schedule, World, make_world, parse_sync, strategy_of
 
 COMBINATIONS = dict(combinations())
 SEEDS = 24
@@ -35,6 +36,38 @@ def test_every_strategy_codec_and_rule_is_in() -> None:
 def test_one_seed_is_one_history(name: str) -> None:
     assert replay(name, 5) == replay(name, 5)
     assert replay(name, 5) != replay(name, 6)
+
+
+def thetas(sync: dict[str, Any], weather: int) -> list[Tensor]:
+    """What all agreed on after each round, with the delays and losses of another seed."""
+    world = make_world(sync, 1, Schedule(late_s=weather % 7, lost=0.1 * (weather % 2)), regions=4, weather=weather)
+    for epoch in (1, 2):
+        world.segment(epoch * world.rounds_per_epoch)
+    return list(world.after[NAMES[0]].values())
+
+
+@pytest.mark.parametrize("name", [name for name, sync in STRATEGIES.items() if is_merge(sync) and "quorum" not in sync])
+def test_what_a_merge_gives_does_not_depend_on_the_weather(name: str) -> None:
+    """So a run that was killed and resumed equals one that was not, to the bit."""
+    calm, *others = [thetas({**STRATEGIES[name], "codec": "int8"}, weather) for weather in range(5)]
+    assert len(calm) > 3
+    assert all(len(calm) == len(other) and all(map(torch.equal, calm, other)) for other in others)
+
+
+@pytest.mark.parametrize("name", [name for name, sync in COMBINATIONS.items() if is_merge(sync) and "quorum" not in sync])
+def test_killed_and_resumed_equals_uninterrupted(name: str) -> None:
+    """Between two segments every region ends, and begins again from what a checkpoint keeps."""
+    ends = []
+    for killed in (False, True):
+        world = make_world(COMBINATIONS[name], 2, Schedule(), regions=3)
+        world.segment(world.rounds_per_epoch)
+        if killed:
+            world.kill_and_resume()
+        world.segment(2 * world.rounds_per_epoch)
+        ends.append(
+            [(node.server.replica.local, *(tensor for _, tensor in sorted(node.server.replica.state().items()))) for node in world.there()]
+        )
+    assert all(torch.equal(a, b) for one, other in zip(*ends, strict=True) for a, b in zip(one, other, strict=True))
 
 
 def happened(what: str, name: str, seeds: int = 40) -> int:
