@@ -16,7 +16,7 @@ INTERRUPTED = 130
 
 people = Console(stderr=True, highlight=False)
 """Progress and errors go to stderr, so that stdout holds answers alone."""
-answers = Console(highlight=False)
+answers = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 class Format(StrEnum):

@@ -1,11 +1,14 @@
 """geotrain's command line, and its composition root: here the flows, the library and the terminal meet."""
 
 import importlib
+import json
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -139,6 +142,84 @@ def _planned(spec: Any) -> Any:
                 return this.look_and_plan()
         finally:
             this.folder.remove()
+
+
+class Numerics(StrEnum):
+    none = "none"
+    real = "real"
+
+
+@app.command()
+def simulate(
+    job: JobFile,
+    numerics: Annotated[
+        Numerics, typer.Option(help="none: only time and bytes move. real: it really trains, here, and gives metrics over virtual time.")
+    ] = Numerics.none,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", metavar="KEY=A,B,...", help="Simulate with each of these values; given twice, with every combination."),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(metavar="METRIC>=X", help="Stop at this held-out metric, and compare the ways there.")
+    ] = None,
+    regions: Annotated[int | None, typer.Option(min=1, help="So many regions: copies of the job's in turn.")] = None,
+    out: Annotated[Path, typer.Option(help="Where sweep.png, sweep.svg and results.json go.")] = Path("simulations"),
+    set_: Overrides = None,
+    shape: Shape = Format.text,
+) -> None:
+    """Run the job on a virtual clock: how long, how much, how good, over a WAN that need not be there.
+
+    Speeds are the devices' samples_per_s, or simulate.samples_per_s; the WAN is `links`, with links.trace for how it changes.
+    """
+    with answering(shape):
+        from geotrain.simulate.simulate import many, parse_goal, simulate, sweeps
+
+        goal = parse_goal(target) if target else None
+        rows: list[dict[str, Any]] = []
+        for values in sweeps([parse_axis(axis) for axis in sweep or []]):
+            told = " ".join(f"{key}={value}" for key, value in values.items()) or job
+            with people.status(f"simulating {told}") as status:
+                try:
+                    spec = load_job(job, {**parse_overrides(set_), **values}, fit_strategy="sync.strategy" in values)
+                except JobError as error:
+                    if not values:
+                        raise
+                    rows.append({"keys": values, "refused": error.message.splitlines()[-1].strip(" -")})
+                    continue
+                spec = many(spec, regions) if regions else spec
+
+                def tell(point: Any, told: str = told, status: Any = status) -> None:
+                    metrics = " ".join(f"{name} {value:.4f}" for name, value in point.metrics.items())
+                    status.update(f"simulating {told}: {duration(point.seconds)}, {count(point.samples)} samples  {metrics}")
+
+                outcome = simulate(spec, real=numerics is Numerics.real, goal=goal or spec.train.until, told=tell)
+            rows.append({"keys": values, **asdict(outcome)})
+        _show_simulated(rows, target, out, shape)
+
+
+def parse_axis(text: str) -> tuple[str, list[Any]]:
+    """KEY=A,B,... Raises JobError."""
+    key, sign, values = text.partition("=")
+    if not sign or not values:
+        raise JobError(f"--sweep {text}: write KEY=A,B,...")
+    return key, [yaml.safe_load(value) for value in values.split(",")]
+
+
+def _show_simulated(rows: list[dict[str, Any]], target: str | None, out: Path, shape: Format) -> None:
+    from geotrain.report import simulated
+
+    files: list[Path] = []
+    if any("refused" not in row for row in rows) and len(rows) > 1:
+        files = simulated.picture(rows, target, out)
+        (out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+    if shape is Format.json:
+        envelope("ok", 0, data={"simulations": rows, "files": [str(file) for file in files]})
+        return
+    answers.print(simulated.table(rows, target))
+    if any(row.get("stuck") for row in rows):
+        answers.print("stuck: too few regions came back for the run to end", style="yellow")
+    for file in files:
+        answers.print(str(file))
 
 
 @app.command()

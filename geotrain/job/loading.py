@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -13,8 +13,11 @@ from geotrain.job.sync import Sync
 from geotrain.mistakes import explain, is_echo, members_of
 
 
-def load_job(path: str, overrides: Mapping[str, Any] | None = None) -> JobSpec:
-    """Read a job file. `overrides` are dotted keys (`sync.every`: 16) laid over it. Raises JobError."""
+def load_job(path: str, overrides: Mapping[str, Any] | None = None, *, fit_strategy: bool = False) -> JobSpec:
+    """Read a job file. `overrides` are dotted keys (`sync.every`: 16) laid over it. Raises JobError.
+
+    `fit_strategy`: leave out what the file's sync section says that the strategy laid over it does not know.
+    """
     file = Path(path)
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -24,8 +27,17 @@ def load_job(path: str, overrides: Mapping[str, Any] | None = None) -> JobSpec:
         raise JobError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise JobError(f"{path} must hold a mapping with name, task, regions, train and sync")
-    for key, value in (overrides or {}).items():
+    overrides = overrides or {}
+    for key, value in overrides.items():
         _lay_over(tree, key, value)
+    if fit_strategy:
+        known = next(
+            (model for model in members_of(Sync) if tree["sync"].get("strategy") in get_args(model.model_fields["strategy"].annotation)),
+            None,
+        )
+        tree["sync"] = {
+            key: value for key, value in tree["sync"].items() if known is None or key in known.model_fields or f"sync.{key}" in overrides
+        }
     return _resolved(parse_job(tree, path), file.resolve().parent)
 
 

@@ -294,6 +294,12 @@ class JobSpec(Spec):
                 return self.links.pairs[key]
         return self.links
 
+    def kinds_of_link(self) -> tuple[LinkSpec, ...]:
+        """Every link that is unlike the others, and one of the others."""
+        first, *rest = [region.name for region in self.regions]
+        pairs = tuple(self.links.pairs.values()) if self.links else ()
+        return (self.links or self.link(first, rest[0]), *pairs) if rest else ()
+
     def digest(self) -> str:
         """SHA-256 of the resolved job, hex."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()

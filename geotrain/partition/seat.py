@@ -309,16 +309,16 @@ def probe(job: JobSpec, region: str, train: Inventory, output: str) -> Probed:
         trainer.learn(trainer.rows.to_batch(batch), 1.0).item()
         if (seconds := time.monotonic() - began) > PROBE_S:
             break
-    payload = payload_bytes(job, trainer.flat)
+    payload = payload_bytes(job, trainer.flat.vector.numel(), trainer.flat.parameters)
     return Probed(region, rows / seconds, payload, str(trainer.flat.vector.device))
 
 
-def payload_bytes(job: JobSpec, flat: FlatModel) -> int:
-    """One update of the whole model, encoded."""
-    codec, buffers = coding_of(job.sync).codec, flat.vector.numel() - flat.parameters
+def payload_bytes(job: JobSpec, elements: int, parameters: int) -> int:
+    """One update of a whole model, encoded."""
+    codec = coding_of(job.sync).codec
     if isinstance(strategy_of(job.sync, len(job.regions)), Merging):
-        return codec.wire_bytes(flat.vector.numel())
-    return codec.wire_bytes(flat.parameters) + FP32.wire_bytes(buffers)
+        return codec.wire_bytes(elements)
+    return codec.wire_bytes(parameters) + FP32.wire_bytes(elements - parameters)
 
 
 def take_seat(order: SeatOrder) -> SeatTaken:

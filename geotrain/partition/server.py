@@ -91,6 +91,7 @@ class ParameterServer:
     totals: Totals = field(default_factory=Totals)
     _payloads: dict[tuple[str, int, str, int, int], Tensor] = field(default_factory=dict)
     _wake_at: list[float] = field(default_factory=list)
+    _told_wake: list[float] = field(default_factory=list)
     _changed: bool = False
     _stop_told: bool = False
     _losses: list[tuple[Tensor, int]] = field(default_factory=list)
@@ -117,7 +118,12 @@ class ParameterServer:
         self.handle(ViewChanged(view, self.clock()))
 
     def step_done(self, samples: int, loss: Tensor) -> Directive:
-        """After an inner step: exchange what is due, take what came, wait if need be.
+        """After an inner step: exchange what is due, take what came, wait if need be. Raises what `stepped` does."""
+        self.stepped(samples, loss)
+        return self._directive()
+
+    def stepped(self, samples: int, loss: Tensor) -> None:
+        """Count an inner step and exchange what is due, without waiting for anything.
 
         `loss`: the step's mean, a detached scalar. Raises FloatingPointError at the end of a round whose loss or parameters are
         not finite, before anything of it leaves the region.
@@ -132,7 +138,6 @@ class ParameterServer:
             if not math.isfinite(self._round_loss) or not math.isfinite(self.replica.local.sum().item()):
                 raise FloatingPointError(f"loss in round {at.round}")
         self.handle(StepDone(samples, self.clock()))
-        return self._directive()
 
     def _directive(self) -> Directive:
         """Take what came; while the machine holds, wait for more."""
@@ -159,6 +164,11 @@ class ParameterServer:
         if any(at <= now for at in self._wake_at):
             self._wake_at = [at for at in self._wake_at if at > now]
             self.handle(Tick(now))
+
+    def wake_times(self) -> list[float]:
+        """When `tick` is to be called, on this server's clock; each is told once."""
+        times, self._told_wake = [at for at in self._wake_at if at not in self._told_wake], list(self._wake_at)
+        return times
 
     def take(self, delivery: Delivery) -> None:
         """An update arrived; one that is here already keeps its first payload."""

@@ -105,16 +105,20 @@ class Trainer:
                 alive()
             if directive.round != round:
                 round = directive.round
-                torch.manual_seed(self._seed_of(round))
+                self.seed_round(round)
             directive = self._step(round)
 
-    def _step(self, round: int) -> Directive:
+    def inner_step(self) -> tuple[Tensor, int]:
+        """One inner step on this worker's next batch; returns the region's mean loss and rows."""
         batch, rows = self.rows.next()
-        loss = self.learn(batch, rows[self.group.rank] / sum(rows))
+        return self.learn(batch, rows[self.group.rank] / sum(rows)), sum(rows)
+
+    def _step(self, round: int) -> Directive:
+        loss, rows = self.inner_step()
         if self.server is None:
             return self.group.follow(None, self.flat.vector)
         try:
-            directive = self.server.step_done(sum(rows), loss)
+            directive = self.server.step_done(rows, loss)
         except FloatingPointError as error:
             raise NonFiniteLoss(self.region, round, self._files()) from error
         return self.group.follow(directive, self.flat.vector)
@@ -163,10 +167,10 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.flat.vector.device.type, dtype=torch.bfloat16)
 
-    def _seed_of(self, round: int) -> int:
+    def seed_round(self, round: int) -> None:
         """Dropout and the like depend on (seed, region, worker, round) alone, so that a resumed run repeats them."""
         words = f"{self.seed} {self.region} {self.group.rank} {round}"
-        return int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "little")
+        torch.manual_seed(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "little"))
 
     def _files(self) -> str:
         book = self.rows.book(self.rows.epoch)

@@ -30,12 +30,15 @@ def merge_exchange(regions: Sequence[str], shares: Mapping[str, float], payload_
 
     `shares`: owner -> its part of the update; they sum to 1.
     """
-    pairs = [(a, b) for a in regions for b in regions if a != b]
-    up = {(a, b): round(payload_bytes * shares.get(b, 0.0)) for a, b in pairs}
-    down = {(a, b): round(payload_bytes * shares.get(a, 0.0)) for a, b in pairs}
-    seconds = sum(max((transfer_s(link(*pair), size) for pair, size in way.items() if size), default=0.0) for way in (up, down))
-    sent = {region: sum(way[pair] for way in (up, down) for pair in pairs if pair[0] == region) for region in regions}
-    return Exchange(seconds, sent, sum((up[pair] + down[pair]) / 1e9 * link(*pair).usd_per_gb for pair in pairs))
+    up = {(region, owner): round(payload_bytes * share) for owner, share in shares.items() for region in regions if region != owner}
+    down = {(owner, region): size for (region, owner), size in up.items()}
+    seconds = sum(max((transfer_s(link(*pair), size) for pair, size in way.items()), default=0.0) for way in (up, down))
+    sent, usd = dict.fromkeys(regions, 0), 0.0
+    for way in (up, down):
+        for pair, size in way.items():
+            sent[pair[0]] += size
+            usd += size / 1e9 * link(*pair).usd_per_gb
+    return Exchange(seconds, sent, usd)
 
 
 def push_exchange(pairs: Sequence[tuple[str, str]], payload_bytes: int, link: LinkOf) -> Exchange:

@@ -145,7 +145,7 @@ def make_plan(job: JobSpec, inventory: Mapping[str, Inventory], offers: Mapping[
     allocations = {"matched": matched, "all": full}
     drafts = {kind: _draft(job, inventory, offers, allocations[kind], shares, payload_bytes, straggler) for kind in allocations}
     draft, other = drafts[job.schedule.allocate], drafts["all" if job.schedule.allocate == "matched" else "matched"]
-    slowest_s = max((transfer_s(job.link(a, b), payload_bytes) for a in names for b in names if a != b), default=0.0)
+    slowest_s = max((transfer_s(link, payload_bytes) for link in job.kinds_of_link()), default=0.0)
     segment_rounds = job.schedule.segment_rounds or max(1, round(job.schedule.segment_s / max(draft.round_s, 1e-6)))
     return Plan(
         regions=draft.regions,
@@ -168,6 +168,8 @@ def make_plan(job: JobSpec, inventory: Mapping[str, Inventory], offers: Mapping[
 def _shares(job: JobSpec, names: Sequence[str], payload_bytes: int) -> dict[str, float]:
     if job.sync.topology == "owners":
         return shares_by_bandwidth(names, job.link)
+    if len(job.kinds_of_link()) == 1:
+        return {min(names): 1.0}
     return {best_owner(names, payload_bytes, job.link): 1.0}
 
 

@@ -16,7 +16,7 @@ LAYERS: list[set[str]] = [
     {"data", "sync"},
     {"plan", "clusters", "wan", "checkpoint", "registry", "report"},
     {"partition"},
-    {"run"},
+    {"run", "simulate"},
     {"tasks"},
     {"flows"},
     {"examples", "starter", "answers", "template"},
