@@ -66,6 +66,13 @@ CASES: dict[str, dict[str, Any]] = {
 SLEEP_MS, RTT_MS = 40, 30
 
 
+def settled(seconds: float = 20.0) -> None:
+    """Wait until the interface of the emulator before is gone."""
+    until = time.monotonic() + seconds
+    while "10.77.0." in subprocess.run(["ip", "route"], check=True, capture_output=True, text=True).stdout and time.monotonic() < until:
+        time.sleep(0.2)
+
+
 def emulator() -> Any:
     path = os.environ.get("WAN", str(ROOT.parent / "shared" / "wan"))
     loader = importlib.machinery.SourceFileLoader("wan", path)
@@ -128,6 +135,7 @@ def job_of(case: dict[str, Any], folder: Path, wan: Any) -> Path:
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
     names = NAMES[: case["regions"]]
+    settled()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         wan = stack.enter_context(

@@ -57,7 +57,7 @@ def picture(rows: Sequence[Row], target: str | None, folder: Path) -> list[Path]
     from matplotlib.figure import Figure
 
     good = [row for row in rows if "refused" not in row and (row["reached"] if target else True)]
-    metric = next(iter(_metrics(good)), None)
+    metric = next(iter(_metrics(rows)), None)
     figure = Figure(figsize=(4 * (4 if metric else 3), 3.4), layout="constrained")
     axes = figure.subplots(1, 4 if metric else 3)
     *others, last = list(rows[0]["keys"]) or ["job"]
@@ -68,15 +68,14 @@ def picture(rows: Sequence[Row], target: str | None, folder: Path) -> list[Path]
             axis.plot(positions, [(row["reached"] if target else row)[key] / unit for row in line], marker="o", markersize=3, label=label)
             if positions is not where:
                 axis.set_xticks(positions, [str(x) for x in where])
-        if metric:
-            for row in line:
-                points = [(point["seconds"], point["metrics"][metric]) for point in row["curve"] if metric in point["metrics"]]
-                axes[3].plot(*zip(*points, strict=True), linewidth=1, label=" ".join(str(value) for value in row["keys"].values()))
     for axis, title in zip(axes, ("seconds", "$", "MB over the WAN"), strict=False):
         axis.set(title=title, xlabel=last, ylim=(0, None))
         if all(isinstance(row["keys"].get(last), int | float) for row in good) and len(good) > 1:
             axis.set_xscale("log")
     if metric:
+        for row in rows:
+            if points := [(point["seconds"], point["metrics"][metric]) for point in row.get("curve", ()) if metric in point["metrics"]]:
+                axes[3].plot(*zip(*points, strict=True), linewidth=1, label=" ".join(str(value) for value in row["keys"].values()))
         axes[3].set(title=metric, xlabel="seconds")
         axes[3].legend(frameon=False, fontsize=6)
     if others:

@@ -68,6 +68,9 @@ class Body(Protocol):
 
     def merge_fully(self) -> None: ...
 
+    def close(self) -> None:
+        """Give back its threads."""
+
 
 @dataclass(slots=True)
 class Sizes:
@@ -136,6 +139,8 @@ class Ghost:
 
     def merge_fully(self) -> None:
         self._do(MergeAsked(self.clock()))
+
+    def close(self) -> None: ...
 
     def _do(self, event: Event) -> None:
         for instruction in self.machine.handle(event):
@@ -234,6 +239,9 @@ class Trained:
 
     def merge_fully(self) -> None:
         self.server.handle(MergeAsked(self.server.clock()))
+
+    def close(self) -> None:
+        self.trainer.rows.close()
 
     def _wake(self) -> None:
         for at in self.server.wake_times():

@@ -4,6 +4,7 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,28 +56,28 @@ def simulate(job: JobSpec, *, real: bool, goal: MetricGoal | None = None, told: 
     inventory = {region.name: _inventory(job, region.name, needed=real) for region in job.regions}
     model = _model(job)
     plan = _plan(job, inventory, model)
-    simulation = Simulation(job, plan, _network(job), _trained(job, plan, inventory) if real else _ghosts(job, plan, model), job.train.seed)
-    strategy = strategy_of(job.sync, len(job.regions), plan.chosen)
-    held_out = {
-        name: take_inventory(spec, spec.data.eval, load_task(name, job.task, job.task_args).columns) for name, spec in _evaluated(job, real)
-    }
+    make = _trained(job, plan, inventory) if real else _ghosts(job, plan, model)
+    with closing(Simulation(job, plan, _network(job), make, job.train.seed)) as simulation:
+        return _play(simulation, _held_out(job) if real else {}, goal, told)
+
+
+def _play(simulation: Simulation, held_out: Mapping[str, Inventory], goal: MetricGoal | None, told: Told | None) -> Outcome:
+    """Segment after segment, to the end or to the goal."""
+    job, plan = simulation.job, simulation.plan
     curve: list[Point] = []
-    reached, ended = None, True
     for number in range(1, plan.segments + 1):
-        ended = simulation.segment(plan.segment_end(number))
-        if not ended:
-            break
+        if not simulation.segment(plan.segment_end(number)):
+            return _outcome(simulation, curve, None, stuck=True)
         curve.append(simulation.point(_evaluate(simulation, held_out, job.train.batch_size)))
         if told:
             told(curve[-1])
-        if goal and reached is None and goal.reached(_metric(curve[-1], goal)):
-            reached = curve[-1]
-            break
-    if ended and not strategy.ends_equal:
-        ended = simulation.merge_fully()
-        if ended:
-            curve.append(simulation.point(_evaluate(simulation, held_out, job.train.batch_size)))
-    return _outcome(simulation, curve, reached, stuck=not ended)
+        if goal and goal.reached(_metric(curve[-1], goal)):
+            return _outcome(simulation, curve, curve[-1], stuck=False)
+    stuck = False
+    if not strategy_of(job.sync, len(job.regions), plan.chosen).ends_equal:
+        stuck = not simulation.merge_fully()
+        curve.append(simulation.point(_evaluate(simulation, held_out, job.train.batch_size)))
+    return _outcome(simulation, curve, None, stuck=stuck)
 
 
 def _outcome(simulation: Simulation, curve: list[Point], reached: Point | None, *, stuck: bool) -> Outcome:
@@ -104,8 +105,9 @@ def _metric(point: Point, goal: MetricGoal) -> float:
     return point.metrics[goal.metric]
 
 
-def _evaluated(job: JobSpec, real: bool) -> list[tuple[str, Any]]:
-    return [(region.name, region) for region in job.regions if real and region.data.eval]
+def _held_out(job: JobSpec) -> dict[str, Inventory]:
+    task = load_task("here", job.task, job.task_args)
+    return {region.name: take_inventory(region, region.data.eval, task.columns) for region in job.regions if region.data.eval}
 
 
 def _evaluate(simulation: Simulation, held_out: Mapping[str, Inventory], batch_size: int) -> dict[str, float]:

@@ -98,6 +98,10 @@ class Simulation:
         plan = self.plan.region(region)
         return plan.rows / plan.steps_per_epoch / plan.samples_per_s
 
+    def close(self) -> None:
+        for node in self.nodes.values():
+            node.body.close()
+
     # Segments.
 
     def segment(self, until: int) -> bool:
@@ -200,7 +204,9 @@ class Simulation:
 
     def _return(self, name: str) -> None:
         node = self.nodes[name]
+        node.body.close()
         self.nodes[name] = Node(name, self.make_body(self, name, self.view, True), node.step_s, busy_s=node.busy_s)
+        self.nodes[name].body.machine.at.done = node.body.machine.at.done  # what was merged of its rows is known to the others
         self.nodes[name].body.begin(self.until, self.first)
         self._change_view([*self.view.regions, name])
 
