@@ -251,6 +251,7 @@ class Run:
             rounds_per_epoch=self.plan.region(region).rounds_per_epoch,
             chosen=self.plan.chosen,
             shares=tuple(self.plan.shares.values()),
+            bits=self.plan.bits.get(region),
             token=self._token,
             give_up_s=self.plan.give_up_s,
             warm_start=self.warm_start.url if self.warm_start else None,

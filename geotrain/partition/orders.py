@@ -6,6 +6,7 @@ from typing import Any
 from geotrain.checkpoint import StoredPart
 from geotrain.data.inventory import Inventory
 from geotrain.job import JobSpec
+from geotrain.plan.bits import Bits
 from geotrain.sync.messages import View
 from geotrain.sync.strategy import Chosen
 
@@ -30,6 +31,8 @@ class SeatOrder:
     chosen: Chosen
     shares: tuple[float, ...]
     """Of the model, merged by each of the view's owners."""
+    bits: Bits | None
+    """With `codec: auto`: this region's choice."""
     token: str
     give_up_s: float
     """How long a peer may be unreachable before that is an error."""

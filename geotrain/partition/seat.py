@@ -26,6 +26,7 @@ from geotrain.partition.progress import Reporter
 from geotrain.partition.server import ParameterServer, Totals
 from geotrain.partition.state import load_optimizer_state, optimizer_state, prefixed, without_prefix
 from geotrain.partition.trainer import TASK_FAULTS, Rows, Trainer, evaluate
+from geotrain.plan.bits import Bits
 from geotrain.stores import STORE_ERRORS
 from geotrain.sync.codec import FP32
 from geotrain.sync.feedback import coding_of
@@ -33,7 +34,7 @@ from geotrain.sync.fragments import Fragment, make_fragments
 from geotrain.sync.machine import round_machine
 from geotrain.sync.pace import Pace
 from geotrain.sync.progress import Progress
-from geotrain.sync.replica import MergeReplica, Replica, replica_of
+from geotrain.sync.replica import MergeReplica, Replica, choose_codecs, replica_of
 from geotrain.sync.strategy import Merging, Strategy, strategy_of
 from geotrain.task import TrainingTask, load_task
 from geotrain.wan.flight import FlightTransport
@@ -101,7 +102,7 @@ class Seat:
         self.server = self.trainer.server = ParameterServer(
             region=order.region,
             machine=round_machine(self.strategy, at),
-            replica=seat_replica(self.job, flat, self.strategy, order.shares),
+            replica=seat_replica(self.job, flat, self.strategy, order.shares, order.bits),
             transport=self.transport,
             alive=dask_task_alive(order.run),
             stop_wanted=lambda: self.stop_in == self.now_in,
@@ -252,13 +253,16 @@ def batch_maker(region: str, task: TrainingTask) -> Callable[[Any], Any]:
     return to_batch
 
 
-def seat_replica(job: JobSpec, flat: FlatModel, strategy: Strategy, shares: Sequence[float]) -> Replica:
-    """The replica of a model, cut into the strategy's fragments."""
+def seat_replica(job: JobSpec, flat: FlatModel, strategy: Strategy, shares: Sequence[float], bits: Bits | None) -> Replica:
+    """The replica of a model, cut into the strategy's fragments, with the codecs that the plan chose."""
     fragments: tuple[Fragment, ...] = ()
     if isinstance(strategy, Merging):
         sizes = [slot.stop - slot.start for slot in flat.slots]
         fragments = make_fragments(sizes, flat.parameters, strategy.turns, shares)
-    return replica_of(strategy, flat.vector, flat.parameters, coding_of(job.sync), len(job.regions), fragments)
+    replica = replica_of(strategy, flat.vector, flat.parameters, coding_of(job.sync), len(job.regions), fragments)
+    if bits is not None:
+        choose_codecs(replica, bits.up, bits.down)
+    return replica
 
 
 def device_of(job: JobSpec, region: str) -> torch.device:

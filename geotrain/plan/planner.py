@@ -7,11 +7,12 @@ from typing import Any
 
 from geotrain.data.inventory import Inventory
 from geotrain.job import JobSpec, Streaming
+from geotrain.plan.bits import BYTES_PER_NUMBER, Bits, choose_bits, choose_push_bits
 from geotrain.plan.links import Exchange, best_owner, merge_exchange, push_exchange, shares_by_bandwidth, transfer_s
 from geotrain.plan.power import Allocation, Offer, cheapest, compute, everything, load_power, usd_per_hour
 from geotrain.sync.messages import View
 from geotrain.sync.pace import balanced, compass, rounds_per_epoch
-from geotrain.sync.strategy import Chosen, Merging, Strategy, provisional, strategy_of
+from geotrain.sync.strategy import Chosen, Merging, Pushing, Strategy, provisional, strategy_of
 from geotrain.sync.topology import targets
 
 TRANSFER_MARGIN = 10.0
@@ -60,6 +61,8 @@ class Plan:
     shares: dict[str, float]
     """Owner -> its part of the merging."""
     chosen: Chosen
+    bits: dict[str, Bits]
+    """With `codec: auto`, each region's choice."""
     rounds: int
     segment_rounds: int
     payload_bytes: int
@@ -101,8 +104,9 @@ class Plan:
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> "Plan":
         regions = tuple(RegionPlan(**region) for region in tree["regions"])
+        bits = {region: Bits(tuple(choice["up"]), choice["down"]) for region, choice in tree["bits"].items()}
         alternatives = tuple(Alternative(**other) for other in tree["alternatives"])
-        return cls(**{**tree, "regions": regions, "alternatives": alternatives, "chosen": Chosen(**tree["chosen"])})
+        return cls(**{**tree, "regions": regions, "alternatives": alternatives, "chosen": Chosen(**tree["chosen"]), "bits": bits})
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,7 @@ class _Draft:
     regions: tuple[RegionPlan, ...]
     strategy: Strategy
     chosen: Chosen
+    bits: dict[str, Bits]
     round_s: float
     rounds: int
     exchange: Exchange
@@ -151,6 +156,7 @@ def make_plan(job: JobSpec, inventory: Mapping[str, Inventory], offers: Mapping[
         regions=draft.regions,
         shares=shares,
         chosen=draft.chosen,
+        bits=draft.bits,
         rounds=draft.rounds,
         segment_rounds=min(segment_rounds, draft.rounds),
         payload_bytes=payload_bytes,
@@ -183,9 +189,7 @@ def _exchange(job: JobSpec, strategy: Strategy, shares: Mapping[str, float], pay
     names = [region.name for region in job.regions]
     if isinstance(strategy, Merging):
         return merge_exchange(names, shares, payload_bytes // strategy.turns, job.link)
-    view = View(0, tuple(names), tuple(shares))
-    pairs = [(a, b) for a in names for b in targets(strategy.topology, view, a)]
-    return push_exchange(pairs, payload_bytes, job.link)
+    return push_exchange(_push_pairs(names, strategy, shares), payload_bytes, job.link)
 
 
 def _usable(offers: Sequence[Offer], inventory: Inventory) -> list[Offer]:
@@ -229,6 +233,10 @@ def _draft(
     per_epoch = _rounds_per_epoch(job, strategy, steps, step_s)
     compute_s = {name: inventory[name].rows / per_epoch[name] / speeds[name] for name in allocated}
     slowest = max(compute_s.values())
+    bits = _bits(job, strategy, shares, payload_bytes, slowest)
+    if bits:
+        worst = max(max((*choice.up, choice.down)) for choice in bits.values())
+        exchange = _exchange(job, strategy, shares, round(payload_bytes * BYTES_PER_NUMBER[worst] / BYTES_PER_NUMBER[0]))
     round_s = max(slowest, exchange.seconds) if _hides(strategy) else slowest + exchange.seconds
     rows = sum(inventory[name].rows for name in allocated)
     samples = job.train.samples if job.train.samples is not None else (job.train.epochs or 0) * rows
@@ -250,7 +258,23 @@ def _draft(
         )
         for name in allocated
     )
-    return _Draft(regions, strategy, chosen, round_s, max(1, ceil(samples / per_round - 1e-9)), exchange)
+    return _Draft(regions, strategy, chosen, bits, round_s, max(1, ceil(samples / per_round - 1e-9)), exchange)
+
+
+def _bits(job: JobSpec, strategy: Strategy, shares: Mapping[str, float], payload_bytes: int, compute_s: float) -> dict[str, Bits]:
+    """With `codec: auto`: one way of an exchange may take half of what hides behind a round, or of a tenth of it where it cannot hide."""
+    if job.sync.codec != "auto":
+        return {}
+    budget_s = compute_s / HIDDEN_MARGIN / 2 if _hides(strategy) else compute_s * BLOCKING_SHARE / 2
+    names, elements = [region.name for region in job.regions], payload_bytes / BYTES_PER_NUMBER[0]
+    if isinstance(strategy, Merging):
+        return choose_bits(names, shares, elements / strategy.turns, budget_s, job.link)
+    return choose_push_bits(_push_pairs(names, strategy, shares), elements, budget_s, job.link)
+
+
+def _push_pairs(names: Sequence[str], strategy: Pushing, shares: Mapping[str, float]) -> list[tuple[str, str]]:
+    view = View(0, tuple(names), tuple(shares))
+    return [(a, b) for a in names for b in targets(strategy.topology, view, a)]
 
 
 def _rounds_per_epoch(job: JobSpec, strategy: Strategy, steps: Mapping[str, int], step_s: Mapping[str, float]) -> dict[str, int]:

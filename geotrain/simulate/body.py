@@ -4,7 +4,7 @@
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from geotrain.partition.server import ParameterServer, Totals
 from geotrain.partition.trainer import Trainer
+from geotrain.plan.bits import Bits
+from geotrain.sync.codec import Several
 from geotrain.sync.feedback import WARM_UP, Coding
 from geotrain.sync.fragments import Fragment
 from geotrain.sync.machine import RoundMachine
@@ -81,13 +83,15 @@ class Sizes:
     elements: int
     parameters: int
     turns: int = 1
+    bits: Mapping[str, Bits] = field(default_factory=dict)
 
     def of(self, update: Update) -> int:
         match update.kind:
             case Kind.CONTRIBUTION | Kind.MERGED:
-                return self._coded(self.fragments[update.fragment].elements, update.round // self.turns)
+                return self._coded(self.fragments[update.fragment].elements, update.round // self.turns, self._choice(update))
             case Kind.PUSH:
-                return self._coded(self.parameters, update.round) + 4 * (self.elements - self.parameters)
+                buffers = 4 * (self.elements - self.parameters)
+                return self._coded(self.parameters, update.round, self._choice(update)) + buffers
             case Kind.STATE:
                 return 8 * self.elements
             case Kind.REPLICA | Kind.AGREED:
@@ -95,8 +99,15 @@ class Sizes:
             case _:
                 return 0
 
-    def _coded(self, elements: int, sent: int) -> int:
+    def _choice(self, update: Update) -> int:
+        if (bits := self.bits.get(update.origin)) is None:
+            return 0
+        return bits.down if update.kind is Kind.MERGED else bits.up[update.fragment % len(bits.up)]
+
+    def _coded(self, elements: int, sent: int, choice: int) -> int:
         codec = self.coding.codec
+        if isinstance(codec, Several):
+            return codec.options[choice].wire_bytes(elements) + 1
         if self.coding.feedback == "dgc" and isinstance(codec, TopK) and sent // self.coding.warm_up < len(WARM_UP):
             codec = TopK(max(codec.keep, WARM_UP[sent // self.coding.warm_up]))
         return codec.wire_bytes(elements)

@@ -161,12 +161,12 @@ def _ghosts(job: JobSpec, plan: Plan, model: Model) -> Callable[[Simulation, str
     strategy, coding = strategy_of(job.sync, len(job.regions), plan.chosen), coding_of(job.sync)
     turns = strategy.turns if isinstance(strategy, Merging) else 1
     fragments = make_fragments(model.tensors, model.parameters, turns, tuple(plan.shares.values()))
-    known: dict[tuple[Any, int, int], int] = {}
-    sizes = Sizes(coding, fragments, model.elements, model.parameters, turns)
+    known: dict[tuple[Any, int, int, str], int] = {}
+    sizes = Sizes(coding, fragments, model.elements, model.parameters, turns, plan.bits)
     varies = coding.feedback == "dgc"
 
     def size(update: Any) -> int:
-        key = (update.kind, update.fragment, update.round if varies else 0)
+        key = (update.kind, update.fragment, update.round if varies else 0, update.origin if plan.bits else "")
         if key not in known:
             if varies:
                 known.clear()
@@ -200,7 +200,7 @@ def _trained(job: JobSpec, plan: Plan, inventory: Mapping[str, Inventory]) -> Ca
         server = ParameterServer(
             region,
             _machine_at(job, plan, region, view, trainer.rows.steps_in, joins=joins),
-            seat_replica(job, trainer.flat, strategy, tuple(plan.shares.values())),
+            seat_replica(job, trainer.flat, strategy, tuple(plan.shares.values()), plan.bits.get(region)),
             Wire(lambda to, update, payload_bytes, payload: simulation.send(region, to, update, payload_bytes, payload)),
             alive=lambda: None,
             stop_wanted=lambda: False,

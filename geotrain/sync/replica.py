@@ -12,7 +12,7 @@ from typing import Protocol, assert_never
 import torch
 from torch import Tensor
 
-from geotrain.sync.codec import FP32
+from geotrain.sync.codec import FP32, Several
 from geotrain.sync.feedback import Coding, ErrorFeedback, Feedback
 from geotrain.sync.fragments import Fragment, make_fragments
 from geotrain.sync.merge import Merged, Part, cosine, merge, outer_step
@@ -336,3 +336,16 @@ def replica_of(
             raise AssertionError(strategy.sends)
         case _:
             assert_never(strategy)
+
+
+def choose_codecs(replica: MergeReplica | DeltaReplica | MixReplica, up: Sequence[int], down: int) -> None:
+    """With `codec: auto`: which of its codecs each way takes from now on. `up`: for each owner in turn."""
+    if isinstance(replica, MixReplica):
+        return
+    ways = [replica.feedback] if isinstance(replica, DeltaReplica) else replica.up
+    for number, way in enumerate(ways):
+        if isinstance(way.codec, Several):
+            way.codec.chosen = up[number % len(up)]
+    for way in replica.down if isinstance(replica, MergeReplica) else ():
+        if isinstance(way.codec, Several):
+            way.codec.chosen = down

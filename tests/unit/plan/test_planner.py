@@ -1,3 +1,4 @@
+import json
 from typing import Any
 
 import pytest
@@ -102,3 +103,45 @@ def test_a_plan_covers_the_epochs_and_survives_json(paris: int, tokyo: int, batc
     assert plan.segment_end(plan.segments) == plan.rounds
     assert plan.segment_end(plan.segments - 1) < plan.rounds or plan.segments == 1
     assert Plan.from_dict(plan.to_dict()) == plan
+
+
+def test_auto_takes_the_most_bits_that_each_link_carries_in_time() -> None:
+    """40 MB in bf16; a round computes 100 s, so one way of a blocking exchange may take 5 s; delayed, 41.7 s."""
+    regions = [{"name": name, "data": {"train": name}} for name in ("oslo", "paris", "tokyo")]
+    links = {"mbit_per_s": 1000, "rtt_ms": 0, "pairs": {"oslo-paris": {"mbit_per_s": 40, "rtt_ms": 0}, "tokyo>oslo": {"mbit_per_s": 10}}}
+    inventory, offer = data(oslo=1000, paris=1000, tokyo=1000), {name: [cpu(1)] for name in ("oslo", "paris", "tokyo")}
+    blocking, delayed = (
+        make_plan(
+            job(regions=regions, links=links, sync={"strategy": strategy, "every": 1000, "codec": "auto"}), inventory, offer, 40_000_000
+        )
+        for strategy in ("ma", "delayed")
+    )
+    assert blocking.owner == "paris"
+    assert blocking.bits["oslo"].up == (1,)
+    assert blocking.bits["tokyo"].up == (0,)
+    assert blocking.bits["paris"].down == 1
+    assert delayed.bits["oslo"].up == (0,)
+    assert Plan.from_dict(json.loads(json.dumps(blocking.to_dict()))) == blocking
+
+
+def test_what_a_job_leaves_open_is_chosen_by_the_exchange() -> None:
+    """10 MB at 80 Mbit/s: 1 s each way. A step of one row takes 0.1 s."""
+    links = {"mbit_per_s": 80, "rtt_ms": 0}
+    inventory, offer = data(paris=5000, tokyo=5000), offers(cpu(1), cpu(1))
+
+    def chosen(**sync: Any) -> Any:
+        return make_plan(job(links=links, sync=sync), inventory, offer, 10_000_000).chosen
+
+    assert chosen(strategy="diloco", every="auto").every == 200, "2 s are a tenth of 20 s"
+    assert chosen(strategy="delayed", every="auto").every == 24, "2 s, and a fifth more"
+    assert chosen(strategy="asgd_ga", every="auto").every == 12, "a link is busy for 1 s"
+    assert chosen(strategy="streaming", every=40, fragments=4).overlap_steps == 6, "a fragment's 0.5 s, and a fifth more"
+    assert chosen(strategy="diloco", every=10, quorum=2).grace_s == 0.5
+
+
+def test_balanced_regions_make_steps_by_their_speed() -> None:
+    spec = job(sync={"strategy": "ma", "every": "balanced"}, schedule={"allocate": "all"})
+    plan = make_plan(spec, data(paris=900, tokyo=900), offers(cpu(1, speed=30), cpu(1)), 1000)
+    per_round = {region.region: region.steps_per_epoch / region.rounds_per_epoch for region in plan.regions}
+    assert per_round["paris"] == pytest.approx(3 * per_round["tokyo"], rel=0.1)
+    assert plan.region("paris").compute_s == pytest.approx(plan.region("tokyo").compute_s, rel=0.1)
