@@ -1,8 +1,8 @@
 """Predicted against measured wall time: `geotrain simulate` against `geotrain run` on a shaped network, the same job for both.
 
 Needs root and a WAN emulator: WAN=path/to/wan, a Python file with the class Wan(regions, rate=, rtt=, host=); default: ../shared/wan.
-Regions are network namespaces with a Dask cluster each. Speeds are those that the run's own probe measured; the links are given to the
-simulation as iperf3 would measure them, 0.955 of their rate.
+Regions are network namespaces with a Dask cluster each. Speeds, and what an update takes beside the wire, are those that the run's own
+probe measured; the links are given to the simulation as iperf3 would measure them, 0.955 of their rate.
 """
 
 import importlib.machinery
@@ -150,7 +150,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         summary = run_job(str(file), {})
         plan = json.loads(Path(summary["folder"], "plan.json").read_text())
         speeds = {f"regions.{region['region']}.devices": [{"samples_per_s": region["samples_per_s"]}] for region in plan["regions"]}
-        extra: dict[str, Any] = dict(speeds)
+        extra: dict[str, Any] = {**speeds, "simulate.exchange_ms_per_mb": 1e9 * plan["work_s"] / plan["payload_bytes"]}
         if case.get("trace"):
             trace = folder / "trace.csv"
             trace.write_text("seconds,link,mbit_per_s\n" + "".join(f"{s},all,{GOODPUT * rate}\n" for s, rate in TRACE))
@@ -163,6 +163,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         "error": round(outcome.seconds / measured - 1, 4),
         "plan_s": round(summary["predicted"]["seconds"], 2),
         "wan_megabytes": round(summary["measured"]["wan_bytes"] / 1e6, 1),
+        "work_ms_per_mb": round(1e9 * plan["work_s"] / plan["payload_bytes"], 2),
         "step_ms": round(1000 * 4 / plan["regions"][0]["samples_per_s"], 1),
     }
 

@@ -211,7 +211,11 @@ class Run:
         if self.plan is None:
             offers = {region.name: self._offers(region) for region in self.job.regions}
             payload = max(probed.payload_bytes for probed in self.probed.values())
-            self.plan = make_plan(self.job, {name: self.inventory[name][0] for name in names}, offers, payload)
+            work_s = max(probed.work_s for probed in self.probed.values())
+            full = max(probed.full_bytes for probed in self.probed.values())
+            self.plan = make_plan(
+                self.job, {name: self.inventory[name][0] for name in names}, offers, payload, work_s=work_s, full_bytes=full
+            )
             self.folder.write_json("plan.json", self.plan.to_dict())
             self.folder.write_json("inventory.json", {n: [i and i.to_dict() for i in self.inventory[n]] for n in names})
         self.board.rounds = self.plan.rounds
@@ -344,9 +348,9 @@ class Run:
 
     def merge_fully(self, region: str) -> str:
         self.board.enter("final merge")
-        digest, traffic = self.partitions[region].merge_fully(dict(self.peers))
+        digest, traffic, seconds = self.partitions[region].merge_fully(dict(self.peers))
         with self._lock:
-            self._add_up(region, traffic)
+            self._add_up(region, traffic, seconds=seconds)
         return digest
 
     def evaluate(self, region: str) -> dict[str, tuple[float, float]]:

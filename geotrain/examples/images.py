@@ -5,8 +5,10 @@ pattern, shifted at random, under noise. Columns: `image` (3,072 x uint8, channe
 known: with the shift undone the nearest pattern is the class, so accuracy 1.0 is possible. About 11.2 million parameters.
 """
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,23 +20,25 @@ from torch.nn import functional
 from geotrain.examples.parquet import assign, fixed_lists, rows_of_lists, write_regions
 
 Batch = tuple[Tensor, Tensor]
+Norm = Callable[[int], nn.Module]
+"""Channels -> a normalisation."""
 SIDE, CLASSES = 32, 10
 
 
 class Block(nn.Module):
     """A basic residual block (He et al., arXiv 1512.03385)."""
 
-    def __init__(self, inner: int, outer: int, stride: int) -> None:
+    def __init__(self, inner: int, outer: int, stride: int, norm: Norm) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(inner, outer, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(outer),
+            norm(outer),
             nn.ReLU(inplace=True),
             nn.Conv2d(outer, outer, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(outer),
+            norm(outer),
         )
         same = stride == 1 and inner == outer
-        self.skip = nn.Identity() if same else nn.Sequential(nn.Conv2d(inner, outer, 1, stride, bias=False), nn.BatchNorm2d(outer))
+        self.skip = nn.Identity() if same else nn.Sequential(nn.Conv2d(inner, outer, 1, stride, bias=False), norm(outer))
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.relu(self.body(x) + self.skip(x))
@@ -43,27 +47,31 @@ class Block(nn.Module):
 class ResNet(nn.Sequential):
     """ResNet-18 for 32 x 32 images: widths w, 2w, 4w, 8w, two blocks each; w = 64 has 11.2 million parameters."""
 
-    def __init__(self, width: int) -> None:
-        layers: list[nn.Module] = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+    def __init__(self, width: int, norm: Norm) -> None:
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 3, 1, 1, bias=False), norm(width), nn.ReLU(inplace=True)]
         inner = width
         for level in range(4):
             outer = width * 2**level
-            layers += [Block(inner, outer, 1 if level == 0 else 2), Block(outer, outer, 1)]
+            layers += [Block(inner, outer, 1 if level == 0 else 2, norm), Block(outer, outer, 1, norm)]
             inner = outer
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inner, CLASSES))
 
 
 class Images:
-    """The task. `side`: images are scaled down to this many pixels, for a machine without a GPU."""
+    """The task. `side`: images are scaled down to this many pixels, for a machine without a GPU.
+
+    `norm`: `batch`, or `group` (eight groups), which has no statistics of its own to average.
+    """
 
     columns = ("image", "label")
     label = "label"
 
-    def __init__(self, lr: float = 0.05, width: int = 64, side: int = SIDE) -> None:
+    def __init__(self, lr: float = 0.05, width: int = 64, side: int = SIDE, norm: Literal["batch", "group"] = "batch") -> None:
         self.lr, self.width, self.side = lr, width, side
+        self.norm: Norm = nn.BatchNorm2d if norm == "batch" else functools.partial(nn.GroupNorm, 8)
 
     def model(self) -> nn.Module:
-        return ResNet(self.width)
+        return ResNet(self.width, self.norm)
 
     def optimizer(self, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.SGD(params, lr=self.lr, momentum=0.9, weight_decay=5e-4)

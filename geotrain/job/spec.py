@@ -67,6 +67,8 @@ class Device(Spec):
     """Price of one."""
     samples_per_s: Positive | None = None
     """Speed of one on this task; None: measured by a short probe."""
+    step_spread: NonNegative | None = None
+    """For `geotrain simulate`: as simulate.step_spread, of this device."""
 
 
 class WanEndpoint(Spec):
@@ -198,9 +200,9 @@ class SimulateSpec(Spec):
     samples_per_s: Positive = 100.0
     """Of a device that gives no `samples_per_s` of its own."""
     step_spread: NonNegative = 0.05
-    """Standard deviation of an inner step's time over its mean; the times are log-normal."""
-    overlap_slowdown: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """How much slower inner steps are while an exchange is under way."""
+    """Standard deviation of an inner step's time over its mean, where the device gives none of its own."""
+    exchange_ms_per_mb: NonNegative = 0.0
+    """What encoding, checksums and decoding take beside the wire, both ends together, per MB of an encoded update."""
     outages: tuple[Outage, ...] = ()
     detect_s: Positive = 10.0
     """After how long a lost region leaves the view."""

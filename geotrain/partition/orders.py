@@ -100,6 +100,10 @@ class Probed:
     samples_per_s: float
     payload_bytes: int
     """One update, encoded."""
+    full_bytes: int
+    """The whole model, fp32."""
+    work_s: float
+    """Encoding, checksums and decoding of one update, both ends together."""
     device: str
 
 

@@ -88,9 +88,9 @@ class Partition:
         sums: dict[str, tuple[float, float]] = self._ask_leader("the evaluation", "evaluate_seat")
         return sums
 
-    def merge_fully(self, peers: dict[str, str]) -> tuple[str, dict[str, dict[str, Any]]]:
-        """This region's side of the merge that ends a push run; returns the hash of what it then holds, and its traffic."""
-        answer: tuple[str, dict[str, dict[str, Any]]] = self._ask_leader("the final merge", "merge_fully", peers)
+    def merge_fully(self, peers: dict[str, str]) -> tuple[str, dict[str, dict[str, Any]], float]:
+        """This region's side of the full merge that ends a run; returns the hash of what it then holds, its traffic, and the seconds."""
+        answer: tuple[str, dict[str, dict[str, Any]], float] = self._ask_leader("the final merge", "merge_fully", peers)
         return answer
 
     def write_model(self, url: str) -> int:

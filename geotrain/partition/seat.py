@@ -3,6 +3,7 @@
 import itertools
 import socket
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -32,10 +33,11 @@ from geotrain.sync.codec import FP32
 from geotrain.sync.feedback import coding_of
 from geotrain.sync.fragments import Fragment, make_fragments
 from geotrain.sync.machine import round_machine
+from geotrain.sync.messages import Kind, Update
 from geotrain.sync.pace import Pace
 from geotrain.sync.progress import Progress
 from geotrain.sync.replica import MergeReplica, Replica, choose_codecs, replica_of
-from geotrain.sync.strategy import Merging, Strategy, strategy_of
+from geotrain.sync.strategy import Merging, Pushing, Strategy, strategy_of
 from geotrain.task import TrainingTask, load_task
 from geotrain.wan.flight import FlightTransport
 from geotrain.wan.shaped import Line, Shaped
@@ -163,14 +165,15 @@ class Seat:
         """Held-out sums and counts of this region; none where it has no such rows."""
         return evaluate(self.trainer, self.order.eval, self.job.train.batch_size) if self.order.eval else {}
 
-    def merge_fully(self, peers: dict[str, str]) -> tuple[str, dict[str, dict[str, Any]]]:
-        """One full merge, weighted by rows, so that the run ends with one model; returns its hash and the traffic."""
+    def merge_fully(self, peers: dict[str, str]) -> tuple[str, dict[str, dict[str, Any]], float]:
+        """One full merge, weighted by rows, so that the run ends with one model; returns its hash, the traffic and the seconds."""
         assert self.server is not None
+        began = time.monotonic()
         self.peers.update(peers)
         self.server.alive = dask_task_alive(self.order.run)
         self.server.merge_fully()
         self.server.drain()
-        return sha256(self.trainer.flat.vector), self._traffic()
+        return sha256(self.trainer.flat.vector), self._traffic(), time.monotonic() - began
 
     def _traffic(self) -> dict[str, dict[str, Any]]:
         return {to: link.to_dict() for to, link in list(self.transport.traffic.items())}
@@ -314,7 +317,23 @@ def probe(job: JobSpec, region: str, train: Inventory, output: str) -> Probed:
         if (seconds := time.monotonic() - began) > PROBE_S:
             break
     payload = payload_bytes(job, trainer.flat.vector.numel(), trainer.flat.parameters)
-    return Probed(region, rows / seconds, payload, str(trainer.flat.vector.device))
+    full = FP32.wire_bytes(trainer.flat.vector.numel())
+    return Probed(region, rows / seconds, payload, full, work_seconds(job, trainer.flat), str(trainer.flat.vector.device))
+
+
+def work_seconds(job: JobSpec, flat: FlatModel) -> float:
+    """What one transfer of a whole update takes beside the wire: produced, checked at both ends, applied. Spoils the replica."""
+    replica = replica_of(Pushing("delta", 1, 1), flat.vector, flat.parameters, coding_of(job.sync), len(job.regions))
+    update = Update(Kind.PUSH, 0, "", 0)
+    seconds = []
+    for _ in range(2):  # the first takes fresh memory
+        began = time.monotonic()
+        payload = replica.produce(update)
+        zlib.crc32(payload.numpy().data)
+        zlib.crc32(payload.clone().numpy().data)
+        replica.apply(update, payload, 1.0)
+        seconds.append(time.monotonic() - began)
+    return min(seconds)
 
 
 def payload_bytes(job: JobSpec, elements: int, parameters: int) -> int:
@@ -343,7 +362,7 @@ def evaluate_seat(run: str, region: str) -> dict[str, tuple[float, float]]:
     return _SEATS[run, region].evaluate()
 
 
-def merge_fully(run: str, region: str, peers: dict[str, str]) -> tuple[str, dict[str, dict[str, Any]]]:
+def merge_fully(run: str, region: str, peers: dict[str, str]) -> tuple[str, dict[str, dict[str, Any]], float]:
     return _SEATS[run, region].merge_fully(peers)
 
 

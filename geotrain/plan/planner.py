@@ -67,6 +67,8 @@ class Plan:
     segment_rounds: int
     payload_bytes: int
     """Of one update."""
+    work_s: float
+    """Encoding, checksums and decoding of one update, both ends together."""
     round_s: float
     exchange_s: float
     hidden: bool
@@ -110,6 +112,17 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class Update:
+    """One update of the whole model, as the planner sees it."""
+
+    payload_bytes: int
+    work_s: float = 0.0
+
+    def part(self, share: float) -> "Update":
+        return Update(round(self.payload_bytes * share), self.work_s * share)
+
+
+@dataclass(frozen=True, slots=True)
 class _Draft:
     """An allocation for every region, costed."""
 
@@ -130,12 +143,21 @@ class _Draft:
         return self.rounds * (sum(region.usd_per_round for region in self.regions) + self.exchange.usd)
 
 
-def make_plan(job: JobSpec, inventory: Mapping[str, Inventory], offers: Mapping[str, Sequence[Offer]], payload_bytes: int) -> Plan:
+def make_plan(
+    job: JobSpec,
+    inventory: Mapping[str, Inventory],
+    offers: Mapping[str, Sequence[Offer]],
+    payload_bytes: int,
+    *,
+    work_s: float = 0.0,
+    full_bytes: int = 0,
+) -> Plan:
     """Allocate workers, choose the owners and what the job leaves open, and predict time, money and bytes.
 
     The straggler, the region with the least load power when all is allocated, sets the target; every other region gets the
-    cheapest allocation that reaches (1 - tolerance) of it. `payload_bytes`: one encoded update of the whole model. Links are the
-    job's.
+    cheapest allocation that reaches (1 - tolerance) of it. `payload_bytes`: one encoded update of the whole model. `work_s`: what
+    encoding, checksums and decoding of such an update take, both ends together. `full_bytes`: the whole model in fp32, for the merge
+    that ends some runs. Links are the job's.
     """
     names = [region.name for region in job.regions]
     offers = {name: _usable(offers[name], inventory[name]) for name in names}
@@ -148,9 +170,13 @@ def make_plan(job: JobSpec, inventory: Mapping[str, Inventory], offers: Mapping[
     matched = {name: full[name] if name == straggler else cheapest(offers[name], rows[name], target, loss) for name in names}
     shares = _shares(job, names, payload_bytes)
     allocations = {"matched": matched, "all": full}
-    drafts = {kind: _draft(job, inventory, offers, allocations[kind], shares, payload_bytes, straggler) for kind in allocations}
+    drafts = {
+        kind: _draft(job, inventory, offers, allocations[kind], shares, Update(payload_bytes, work_s), straggler) for kind in allocations
+    }
     draft, other = drafts[job.schedule.allocate], drafts["all" if job.schedule.allocate == "matched" else "matched"]
     slowest_s = max((transfer_s(link, payload_bytes) for link in job.kinds_of_link()), default=0.0)
+    final = merge_exchange(names, {min(shares): 1.0}, 0 if draft.strategy.ends_equal else full_bytes, job.link)
+    final_s = 0.0 if draft.strategy.ends_equal else final.seconds
     segment_rounds = job.schedule.segment_rounds or max(1, round(job.schedule.segment_s / max(draft.round_s, 1e-6)))
     return Plan(
         regions=draft.regions,
@@ -160,13 +186,14 @@ def make_plan(job: JobSpec, inventory: Mapping[str, Inventory], offers: Mapping[
         rounds=draft.rounds,
         segment_rounds=min(segment_rounds, draft.rounds),
         payload_bytes=payload_bytes,
+        work_s=work_s,
         round_s=draft.round_s,
         exchange_s=draft.exchange.seconds,
         hidden=_hides(draft.strategy),
         give_up_s=max(60.0, TRANSFER_MARGIN * slowest_s),
-        seconds=draft.seconds,
-        usd=draft.usd,
-        wan_bytes=draft.rounds * sum(draft.exchange.bytes.values()),
+        seconds=draft.seconds + final_s,
+        usd=draft.usd + final.usd,
+        wan_bytes=draft.rounds * sum(draft.exchange.bytes.values()) + sum(final.bytes.values()),
         alternatives=_rejected(job, draft, other),
     )
 
@@ -184,12 +211,21 @@ def _hides(strategy: Strategy) -> bool:
     return not isinstance(strategy, Merging) or strategy.tau != 0
 
 
-def _exchange(job: JobSpec, strategy: Strategy, shares: Mapping[str, float], payload_bytes: int) -> Exchange:
+def _exchange(job: JobSpec, strategy: Strategy, shares: Mapping[str, float], update: Update) -> Exchange:
     """Of one round."""
     names = [region.name for region in job.regions]
     if isinstance(strategy, Merging):
-        return merge_exchange(names, shares, payload_bytes // strategy.turns, job.link)
-    return push_exchange(_push_pairs(names, strategy, shares), payload_bytes, job.link)
+        fragment = update.part(1 / strategy.turns)
+        exchange = merge_exchange(names, shares, fragment.payload_bytes, job.link)
+        return replace(exchange, seconds=exchange.seconds + 2 * fragment.work_s * (len(names) > 1))
+    return push_exchange(_push_pairs(names, strategy, shares), update.payload_bytes, job.link)
+
+
+def _work_s(strategy: Strategy, update: Update, regions: int) -> float:
+    """What an exchange that hides behind compute takes from it in a round: encoding one's own, decoding what comes."""
+    if isinstance(strategy, Merging):
+        return update.work_s / strategy.turns if strategy.tau != 0 else 0.0
+    return update.work_s * regions / 2 if regions > 1 else 0.0
 
 
 def _usable(offers: Sequence[Offer], inventory: Inventory) -> list[Offer]:
@@ -219,7 +255,7 @@ def _draft(
     offers: Mapping[str, Sequence[Offer]],
     allocated: Mapping[str, Allocation],
     shares: Mapping[str, float],
-    payload_bytes: int,
+    update: Update,
     straggler: str,
 ) -> _Draft:
     loss, batch, count = job.schedule.scaling_loss, job.train.batch_size, len(job.regions)
@@ -227,16 +263,17 @@ def _draft(
     steps = {name: ceil(inventory[name].rows / (batch * sum(allocated[name]))) for name in allocated}
     step_s = {name: inventory[name].rows / steps[name] / speeds[name] for name in allocated}
     strategy = strategy_of(job.sync, count)
-    exchange = _exchange(job, strategy, shares, payload_bytes)
+    exchange = _exchange(job, strategy, shares, update)
     chosen = choose(job, step_s, max(steps.values()), exchange, strategy)
     strategy = strategy_of(job.sync, count, chosen)
     per_epoch = _rounds_per_epoch(job, strategy, steps, step_s)
     compute_s = {name: inventory[name].rows / per_epoch[name] / speeds[name] for name in allocated}
     slowest = max(compute_s.values())
-    bits = _bits(job, strategy, shares, payload_bytes, slowest)
+    bits = _bits(job, strategy, shares, update.payload_bytes, slowest)
     if bits:
         worst = max(max((*choice.up, choice.down)) for choice in bits.values())
-        exchange = _exchange(job, strategy, shares, round(payload_bytes * BYTES_PER_NUMBER[worst] / BYTES_PER_NUMBER[0]))
+        exchange = _exchange(job, strategy, shares, update.part(BYTES_PER_NUMBER[worst] / BYTES_PER_NUMBER[0]))
+    slowest += _work_s(strategy, update, count)
     round_s = max(slowest, exchange.seconds) if _hides(strategy) else slowest + exchange.seconds
     rows = sum(inventory[name].rows for name in allocated)
     samples = job.train.samples if job.train.samples is not None else (job.train.epochs or 0) * rows

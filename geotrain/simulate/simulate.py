@@ -143,7 +143,8 @@ def _plan(job: JobSpec, inventory: Mapping[str, Inventory], model: Model) -> Pla
         region.name: [Offer(d.kind, d.count, d.usd_per_hour, d.samples_per_s or job.simulate.samples_per_s) for d in region.devices]
         for region in job.regions
     }
-    return make_plan(job, inventory, offers, payload_bytes(job, model.elements, model.parameters))
+    size = payload_bytes(job, model.elements, model.parameters)
+    return make_plan(job, inventory, offers, size, work_s=size * job.simulate.exchange_ms_per_mb * 1e-9, full_bytes=4 * model.elements)
 
 
 def _network(job: JobSpec) -> Network:

@@ -56,12 +56,17 @@ class Node:
     name: str
     body: Body
     step_s: float
+    spread: float
+    """Standard deviation of an inner step's time over its mean."""
     run: int = 0
     """Number of the steps under way; a later number makes those void."""
     stepping: tuple[float, float, int] | None = None
     """(since, until, inner steps)"""
     lost: bool = False
     busy_s: float = 0.0
+    busy_until: float = 0.0
+    """With encoding or decoding."""
+    worked_on: Update | None = None
 
 
 @dataclass
@@ -78,17 +83,15 @@ class Simulation:
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
-        self.spread = self.job.simulate.step_spread
         self._calendar: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._number = itertools.count()
-        self._over = 0
         self.first = self.until = 0
         self.view = self.plan.view(0)
+        self.work_s_per_byte = self.job.simulate.exchange_ms_per_mb * 1e-9
         self.usd_per_s = sum(region.usd_per_round for region in self.plan.regions) / self.plan.round_s
         for region in self.plan.regions:
-            self.nodes[region.region] = Node(
-                region.region, self.make_body(self, region.region, self.view, False), self._step_s(region.region)
-            )
+            body = self.make_body(self, region.region, self.view, False)
+            self.nodes[region.region] = Node(region.region, body, self._step_s(region.region), self._spread(region.region))
         for outage in self.job.simulate.outages:
             self.at(outage.from_s, self._lose, outage.region)
             if outage.to_s is not None:
@@ -101,6 +104,10 @@ class Simulation:
     def close(self) -> None:
         for node in self.nodes.values():
             node.body.close()
+
+    def _spread(self, region: str) -> float:
+        (device,) = self.job.region(region).devices
+        return self.job.simulate.step_spread if device.step_spread is None else device.step_spread
 
     # Segments.
 
@@ -139,14 +146,27 @@ class Simulation:
         heapq.heappush(self._calendar, (when, next(self._number), act, facts))
 
     def send(self, source: str, target: str, update: Update, payload_bytes: int, payload: Tensor | None) -> None:
-        arrival = self.network.send(source, target, payload_bytes, self.now)
+        node = self.nodes.get(source)
+        departs = self._work(node, payload_bytes, update) if node is not None else self.now
+        arrival = self.network.send(source, target, payload_bytes, departs)
         if not math.isinf(arrival):
-            self.at(arrival, self._arrive, self.nodes.get(source), target, update, payload)
+            self.at(arrival, self._arrive, node, target, update, payload_bytes, payload)
 
-    def _arrive(self, source: Node | None, target: str, update: Update, payload: Tensor | None) -> None:
+    def _work(self, node: Node, payload_bytes: int, update: Update) -> float:
+        """Encoding, decoding and checksums of one end of a transfer, in the training thread; an update is encoded once for all targets.
+
+        Returns when it is done.
+        """
+        if self.work_s_per_byte and node.worked_on is not update:
+            node.worked_on = update
+            node.busy_until = max(self.now, node.busy_until) + payload_bytes * self.work_s_per_byte / 2
+        return max(self.now, node.busy_until)
+
+    def _arrive(self, source: Node | None, target: str, update: Update, payload_bytes: int, payload: Tensor | None) -> None:
         node = self.nodes[target]
         if node.lost or (source is not None and source.lost):
             return
+        self._work(node, payload_bytes, update)
         if node.stepping is not None and getattr(node.body.machine.strategy, "quorum", None) is not None:
             self._catch_up(node)
         node.body.take(update, payload)
@@ -168,11 +188,12 @@ class Simulation:
         if machine.at.held or node.stepping is not None or node.lost:
             return
         steps = machine.run_length
-        mean, deviation = steps * node.step_s, math.sqrt(steps) * node.step_s * self.spread
+        mean, deviation = steps * node.step_s, math.sqrt(steps) * node.step_s * node.spread
         seconds = mean if not deviation else max(0.2 * mean, self.random.gauss(mean, deviation))
         node.run += 1
-        node.stepping = (self.now, self.now + seconds, steps)
-        self.at(self.now + seconds, self._stepped, node, node.run)
+        begin = max(self.now, node.busy_until)
+        node.stepping = (begin, begin + seconds, steps)
+        self.at(begin + seconds, self._stepped, node, node.run)
 
     def _stepped(self, node: Node, run: int) -> None:
         if node.run != run or node.lost or node.stepping is None:
@@ -205,7 +226,7 @@ class Simulation:
     def _return(self, name: str) -> None:
         node = self.nodes[name]
         node.body.close()
-        self.nodes[name] = Node(name, self.make_body(self, name, self.view, True), node.step_s, busy_s=node.busy_s)
+        self.nodes[name] = Node(name, self.make_body(self, name, self.view, True), node.step_s, node.spread, busy_s=node.busy_s)
         self.nodes[name].body.machine.at.done = node.body.machine.at.done  # what was merged of its rows is known to the others
         self.nodes[name].body.begin(self.until, self.first)
         self._change_view([*self.view.regions, name])

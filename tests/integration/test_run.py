@@ -18,6 +18,7 @@ from geotrain.errors import GeotrainError, NothingToResume, Stopped, WorkerLost
 from geotrain.job import JobSpec
 from geotrain.report.folder import RunFolder
 from geotrain.run import Run
+from geotrain.simulate.simulate import simulate
 from tests.making import points_job, write_points
 
 
@@ -54,6 +55,9 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "asgd": {"strategy": "asgd", "max_staleness": 2},
     "asgd_ga": {"strategy": "asgd_ga", "every": 4},
     "ma-async": {"strategy": "ma", "every": 4, "mode": "async"},
+    "streaming": {"strategy": "streaming", "every": 4, "fragments": 2, "overlap_steps": 1, "codec": "int8"},
+    "delayed-owners-quorum": {"strategy": "delayed", "every": 2, "topology": "owners", "quorum": 2, "codec": "auto"},
+    "ma-econtrol": {"strategy": "ma", "every": 2, "codec": "int4", "feedback": "econtrol"},
 }
 
 
@@ -88,7 +92,7 @@ def test_a_run_learns_and_leaves_a_whole_folder(tmp_path: Path, name: str) -> No
 
 
 @pytest.mark.parametrize("task_args", [{"momentum": 0.9}, {"adam": True, "lr": 0.01, "norm": True}], ids=["momentum", "adam-batchnorm"])
-@pytest.mark.parametrize("name", ["ma", "diloco-bf16"])
+@pytest.mark.parametrize("name", ["ma", "diloco-bf16", "streaming"])
 def test_killed_and_resumed_is_uninterrupted_to_the_bit(tmp_path: Path, name: str, task_args: dict[str, Any]) -> None:
     job = points_job(tmp_path, sync=STRATEGIES[name], task_args=task_args, schedule={"segment_rounds": 7})
     whole = Run.start(job)
@@ -106,6 +110,16 @@ def test_killed_and_resumed_is_uninterrupted_to_the_bit(tmp_path: Path, name: st
     summary = conduct(resumed)
     assert same(model_of(resumed), model_of(whole))
     assert summary["samples"] == 4 * 400
+
+
+@pytest.mark.parametrize("name", ["diloco-bf16", "streaming", "delayed-owners-quorum"])
+def test_a_simulation_with_numbers_is_the_run_to_the_bit(tmp_path: Path, name: str) -> None:
+    """The same job, plan, core and training; only the clock and the network are another."""
+    job = points_job(tmp_path, rows={"north": 200, "south": 120}, sync=STRATEGIES[name], links={"mbit_per_s": 10, "rtt_ms": 100})
+    summary = conduct(Run.start(job))
+    outcome = simulate(job, real=True)
+    assert outcome.metrics == summary["metrics"]
+    assert outcome.samples == summary["samples"]
 
 
 @pytest.mark.parametrize("name", ["ma", "asgd_ga"])
