@@ -20,7 +20,7 @@ from geotrain.job import JobSpec, RegionSpec
 from geotrain.metrics import add_sums, means
 from geotrain.partition.orders import Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder
 from geotrain.partition.partition import Control, Partition
-from geotrain.plan.planner import Plan, make_plan
+from geotrain.plan.planner import Plan, UpdateSize, make_plan
 from geotrain.plan.power import Offer
 from geotrain.report.board import Board
 from geotrain.report.folder import RunFolder, new_run_id
@@ -210,12 +210,9 @@ class Run:
         names = [region.name for region in self.job.regions]
         if self.plan is None:
             offers = {region.name: self._offers(region) for region in self.job.regions}
-            payload = max(probed.payload_bytes for probed in self.probed.values())
-            work_s = max(probed.work_s for probed in self.probed.values())
-            full = max(probed.full_bytes for probed in self.probed.values())
-            self.plan = make_plan(
-                self.job, {name: self.inventory[name][0] for name in names}, offers, payload, work_s=work_s, full_bytes=full
-            )
+            probed = self.probed.values()
+            update = UpdateSize(max(p.payload_bytes for p in probed), max(p.work_s for p in probed), max(p.full_bytes for p in probed))
+            self.plan = make_plan(self.job, {name: self.inventory[name][0] for name in names}, offers, update)
             self.folder.write_json("plan.json", self.plan.to_dict())
             self.folder.write_json("inventory.json", {n: [i and i.to_dict() for i in self.inventory[n]] for n in names})
         self.board.rounds = self.plan.rounds

@@ -112,14 +112,18 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Update:
+class UpdateSize:
     """One update of the whole model, as the planner sees it."""
 
     payload_bytes: int
+    """Encoded."""
     work_s: float = 0.0
+    """What encoding, checksums and decoding take, both ends together."""
+    full_bytes: int = 0
+    """The whole model in fp32, for the merge that ends some runs."""
 
-    def part(self, share: float) -> "Update":
-        return Update(round(self.payload_bytes * share), self.work_s * share)
+    def part(self, share: float) -> "UpdateSize":
+        return UpdateSize(round(self.payload_bytes * share), self.work_s * share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,21 +147,11 @@ class _Draft:
         return self.rounds * (sum(region.usd_per_round for region in self.regions) + self.exchange.usd)
 
 
-def make_plan(
-    job: JobSpec,
-    inventory: Mapping[str, Inventory],
-    offers: Mapping[str, Sequence[Offer]],
-    payload_bytes: int,
-    *,
-    work_s: float = 0.0,
-    full_bytes: int = 0,
-) -> Plan:
+def make_plan(job: JobSpec, inventory: Mapping[str, Inventory], offers: Mapping[str, Sequence[Offer]], update: UpdateSize) -> Plan:
     """Allocate workers, choose the owners and what the job leaves open, and predict time, money and bytes.
 
     The straggler, the region with the least load power when all is allocated, sets the target; every other region gets the
-    cheapest allocation that reaches (1 - tolerance) of it. `payload_bytes`: one encoded update of the whole model. `work_s`: what
-    encoding, checksums and decoding of such an update take, both ends together. `full_bytes`: the whole model in fp32, for the merge
-    that ends some runs. Links are the job's.
+    cheapest allocation that reaches (1 - tolerance) of it. Links are the job's.
     """
     names = [region.name for region in job.regions]
     offers = {name: _usable(offers[name], inventory[name]) for name in names}
@@ -168,14 +162,14 @@ def make_plan(
     straggler = min(names, key=lambda name: (powers[name], name))
     target = (1 - job.schedule.tolerance) * powers[straggler]
     matched = {name: full[name] if name == straggler else cheapest(offers[name], rows[name], target, loss) for name in names}
-    shares = _shares(job, names, payload_bytes)
+    shares = _shares(job, names, update.payload_bytes)
     allocations = {"matched": matched, "all": full}
     drafts = {
         kind: _draft(job, inventory, offers, allocations[kind], shares, Update(payload_bytes, work_s), straggler) for kind in allocations
     }
     draft, other = drafts[job.schedule.allocate], drafts["all" if job.schedule.allocate == "matched" else "matched"]
-    slowest_s = max((transfer_s(link, payload_bytes) for link in job.kinds_of_link()), default=0.0)
-    final = merge_exchange(names, {min(shares): 1.0}, 0 if draft.strategy.ends_equal else full_bytes, job.link)
+    slowest_s = max((transfer_s(link, update.payload_bytes) for link in job.kinds_of_link()), default=0.0)
+    final = merge_exchange(names, {min(shares): 1.0}, 0 if draft.strategy.ends_equal else update.full_bytes, job.link)
     final_s = 0.0 if draft.strategy.ends_equal else final.seconds
     segment_rounds = job.schedule.segment_rounds or max(1, round(job.schedule.segment_s / max(draft.round_s, 1e-6)))
     return Plan(
@@ -185,8 +179,8 @@ def make_plan(
         bits=draft.bits,
         rounds=draft.rounds,
         segment_rounds=min(segment_rounds, draft.rounds),
-        payload_bytes=payload_bytes,
-        work_s=work_s,
+        payload_bytes=update.payload_bytes,
+        work_s=update.work_s,
         round_s=draft.round_s,
         exchange_s=draft.exchange.seconds,
         hidden=_hides(draft.strategy),
@@ -211,7 +205,7 @@ def _hides(strategy: Strategy) -> bool:
     return not isinstance(strategy, Merging) or strategy.tau != 0
 
 
-def _exchange(job: JobSpec, strategy: Strategy, shares: Mapping[str, float], update: Update) -> Exchange:
+def _exchange(job: JobSpec, strategy: Strategy, shares: Mapping[str, float], update: UpdateSize) -> Exchange:
     """Of one round."""
     names = [region.name for region in job.regions]
     if isinstance(strategy, Merging):
@@ -221,7 +215,7 @@ def _exchange(job: JobSpec, strategy: Strategy, shares: Mapping[str, float], upd
     return push_exchange(_push_pairs(names, strategy, shares), update.payload_bytes, job.link)
 
 
-def _work_s(strategy: Strategy, update: Update, regions: int) -> float:
+def _work_s(strategy: Strategy, update: UpdateSize, regions: int) -> float:
     """What an exchange that hides behind compute takes from it in a round: encoding one's own, decoding what comes."""
     if isinstance(strategy, Merging):
         return update.work_s / strategy.turns if strategy.tau != 0 else 0.0
@@ -255,7 +249,7 @@ def _draft(
     offers: Mapping[str, Sequence[Offer]],
     allocated: Mapping[str, Allocation],
     shares: Mapping[str, float],
-    update: Update,
+    update: UpdateSize,
     straggler: str,
 ) -> _Draft:
     loss, batch, count = job.schedule.scaling_loss, job.train.batch_size, len(job.regions)

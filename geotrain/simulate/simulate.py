@@ -18,7 +18,7 @@ from geotrain.partition.flat import FlatModel
 from geotrain.partition.seat import make_trainer, payload_bytes, seat_replica
 from geotrain.partition.server import ParameterServer
 from geotrain.partition.trainer import evaluate
-from geotrain.plan.planner import Plan, make_plan
+from geotrain.plan.planner import Plan, UpdateSize, make_plan
 from geotrain.plan.power import Offer
 from geotrain.simulate.body import Body, Ghost, Sizes, Trained, Wire
 from geotrain.simulate.network import Network, read_trace
@@ -144,7 +144,7 @@ def _plan(job: JobSpec, inventory: Mapping[str, Inventory], model: Model) -> Pla
         for region in job.regions
     }
     size = payload_bytes(job, model.elements, model.parameters)
-    return make_plan(job, inventory, offers, size, work_s=size * job.simulate.exchange_ms_per_mb * 1e-9, full_bytes=4 * model.elements)
+    return make_plan(job, inventory, offers, UpdateSize(size, size * job.simulate.exchange_ms_per_mb * 1e-9, 4 * model.elements))
 
 
 def _network(job: JobSpec) -> Network:

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from geotrain.data.inventory import Inventory, Shard
 from geotrain.job import parse_job
-from geotrain.plan.planner import Plan, make_plan
+from geotrain.plan import planner
+from geotrain.plan.planner import Plan, UpdateSize
 from geotrain.plan.power import Offer
 
 
@@ -29,6 +30,10 @@ def data(**rows: int) -> dict[str, Inventory]:
 
 def offers(paris: Offer, tokyo: Offer) -> dict[str, list[Offer]]:
     return {"paris": [paris], "tokyo": [tokyo]}
+
+
+def make_plan(spec: Any, inventory: Any, offered: Any, payload_bytes: int) -> Plan:
+    return planner.make_plan(spec, inventory, offered, UpdateSize(payload_bytes))
 
 
 def cpu(count: int, usd: float = 1.0, speed: float = 10.0) -> Offer:
