@@ -164,9 +164,7 @@ def make_plan(job: JobSpec, inventory: Mapping[str, Inventory], offers: Mapping[
     matched = {name: full[name] if name == straggler else cheapest(offers[name], rows[name], target, loss) for name in names}
     shares = _shares(job, names, update.payload_bytes)
     allocations = {"matched": matched, "all": full}
-    drafts = {
-        kind: _draft(job, inventory, offers, allocations[kind], shares, Update(payload_bytes, work_s), straggler) for kind in allocations
-    }
+    drafts = {kind: _draft(job, inventory, offers, allocations[kind], shares, update, straggler) for kind in allocations}
     draft, other = drafts[job.schedule.allocate], drafts["all" if job.schedule.allocate == "matched" else "matched"]
     slowest_s = max((transfer_s(link, update.payload_bytes) for link in job.kinds_of_link()), default=0.0)
     final = merge_exchange(names, {min(shares): 1.0}, 0 if draft.strategy.ends_equal else update.full_bytes, job.link)
