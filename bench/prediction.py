@@ -9,6 +9,7 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -182,6 +183,7 @@ def play(wan: Any, folder: Path, regions: int, over: threading.Event) -> None:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the network is taken down
     results = {}
     for name, case in CASES.items():
         if len(sys.argv) > 1 and not any(word in name for word in sys.argv[1:]):

@@ -27,12 +27,12 @@ class Work:
     skew: float = 0.5
 
 
-DIGITS = Work("geotrain.examples.digits:Digits", "digits", "accuracy", 28_000, 16, 3000, args={"lr": 0.1})
+DIGITS = Work("geotrain.examples.digits:Digits", "digits", "accuracy", 60_000, 16, 29_000, args={"lr": 0.1})
 IMAGES = Work(
     "geotrain.examples.images:Images", "images", "accuracy", 12_000, 16, 200, 3000, {"side": 16, "width": 16, "norm": "group", "lr": 0.02}
 )
 TEXT = Work("geotrain.examples.text:Text", "text", "loss", 12_000, 16, 100, 6000, {"layers": 2, "width": 96, "lr": 0.002})
-CLICKS = Work("geotrain.examples.clicks:Clicks", "clicks", "log_loss", 60_000, 64, 20_000, 20_000)
+CLICKS = Work("geotrain.examples.clicks:Clicks", "clicks", "log_loss", 160_000, 64, 40_000, 40_000)
 
 
 def job_of(work: Work, regions: int, sync: dict[str, Any], *, lr: float = 1.0, **more: Any) -> JobSpec:
