@@ -1,10 +1,11 @@
-# The front doors: demo, test, lint, bench. Each makes the environment if need be.
+# The front doors: demo, test, lint, bench; chaos runs as long as asked. Each makes the environment if need be.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SEEDS := 10000
 JOB := deployments/jobs/digits-3-regions.yaml
 
-.PHONY: demo test lint bench env
+.PHONY: demo test lint bench chaos env
 
 env: $(VENV)/.made
 
@@ -27,5 +28,10 @@ lint: env  ## ruff, mypy strict, the layers
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/unit/test_layers.py
 
+chaos: env  ## the core in virtual time: make chaos SEEDS=100000; the seed of a failure replays it
+	$(BIN)/python -m tests.chaos --seeds $(SEEDS)
+
 bench: env  ## every measurement, one after the other; results in bench/results
-	for measurement in overhead startup strategies figures; do $(BIN)/python -m bench.$$measurement || exit 1; done
+	for measurement in overhead startup strategies core prediction convergence reproduction figures; do \
+		$(BIN)/python -m bench.$$measurement || exit 1; \
+	done
