@@ -43,19 +43,22 @@ class DeepFM(nn.Module):
 
 
 class Clicks:
-    """The task. Metrics: `log_loss`, and `best_log_loss` of the true probabilities for comparison."""
+    """The task. Metrics: `log_loss`, and `best_log_loss` of the true probabilities for comparison.
+
+    `sparse`: Adagrad, which leaves embeddings alone that no row touched, for `sync.sparse_embeddings`; else Adam.
+    """
 
     columns = ("fields", "click", "truth")
     label = "click"
 
-    def __init__(self, lr: float = 0.01, dim: int = 8, hidden: int = 32) -> None:
-        self.lr, self.dim, self.hidden = lr, dim, hidden
+    def __init__(self, lr: float = 0.01, dim: int = 8, hidden: int = 32, sparse: bool = False) -> None:
+        self.lr, self.dim, self.hidden, self.sparse = lr, dim, hidden, sparse
 
     def model(self) -> nn.Module:
         return DeepFM(self.dim, self.hidden)
 
     def optimizer(self, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(params, lr=self.lr)
+        return torch.optim.Adagrad(params, lr=self.lr) if self.sparse else torch.optim.Adam(params, lr=self.lr)
 
     def batch(self, rows: pa.RecordBatch) -> Batch:
         """Value numbers [rows, FIELDS] counted through all fields, clicks [rows], true probabilities [rows]."""

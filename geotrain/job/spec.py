@@ -201,6 +201,8 @@ class SimulateSpec(Spec):
     """Of a device that gives no `samples_per_s` of its own."""
     step_spread: NonNegative = 0.05
     """Standard deviation of an inner step's time over its mean, where the device gives none of its own."""
+    touched_rows: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """With sync.sparse_embeddings: the share of an embedding table's rows that a round touches."""
     exchange_ms_per_mb: NonNegative = 0.0
     """What encoding, checksums and decoding take beside the wire, both ends together, per MB of an encoded update."""
     outages: tuple[Outage, ...] = ()

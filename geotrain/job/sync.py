@@ -24,6 +24,9 @@ class Coded(Spec):
     """What becomes of what a lossy codec drops. ef: it is sent later. dgc: with momentum correction, for `topk`. econtrol: EControl."""
     feedback_decay: Share = 1.0
     """ef only: what is left of the residual after a round; 1 loses nothing, SparseLoCo takes 0.95."""
+    sparse_embeddings: bool = False
+    """Of embedding tables (nn.Embedding) send only the rows that a round touched. For optimizers that leave the others alone: SGD without
+    momentum, Adagrad."""
 
     @model_validator(mode="after")
     def _codec_fits(self) -> "Coded":
@@ -33,6 +36,12 @@ class Coded(Spec):
             raise ValueError("feedback: dgc corrects the momentum of what a selection by size leaves out: it needs codec: topk")
         if self.feedback == "econtrol" and self.codec in ("fp32", "auto"):
             raise ValueError(f"feedback: econtrol controls one lossy codec's error; {self.codec} is not that")
+        if self.sparse_embeddings and (self.codec in (*SPARSE, "auto") or self.feedback != "ef"):
+            raise ValueError("sparse_embeddings sends whole rows: it goes with fp32, bf16, int8, int4 or e3m0, and feedback: ef")
+        if self.sparse_embeddings and (self.topology not in ("star", "mesh") or getattr(self, "fragments", 1) > 1):  # type: ignore[attr-defined]
+            raise ValueError("sparse_embeddings needs whole tables in one piece: topology star or mesh, and no fragments")
+        if self.sparse_embeddings and getattr(self, "mode", "sync") == "async":
+            raise ValueError("sparse_embeddings sends what changed; mode: async sends whole replicas")
         if self.feedback_decay != 1 and self.feedback != "ef":
             raise ValueError("feedback_decay belongs to feedback: ef")
         return self

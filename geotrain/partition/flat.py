@@ -49,6 +49,10 @@ class FlatModel:
                 tensors[slot.name].data = view
             else:
                 module._buffers[leaf] = view
+        self.tables = tuple(
+            (slot.start, slot.shape[0], slot.shape[1]) for slot in self.slots if isinstance(owners[slot.name][0], nn.Embedding)
+        )
+        """Embedding tables in the vector: (start, rows, width)."""
         self.gradients: Tensor | None = None
 
     def _view(self, vector: Tensor, slot: Slot) -> Tensor:

@@ -37,7 +37,8 @@ from geotrain.sync.messages import Kind, Update
 from geotrain.sync.pace import Pace
 from geotrain.sync.progress import Progress
 from geotrain.sync.replica import MergeReplica, Replica, choose_codecs, replica_of
-from geotrain.sync.strategy import Merging, Pushing, Strategy, strategy_of
+from geotrain.sync.sparse import TouchedRows
+from geotrain.sync.strategy import Merging, Pushing, Strategy, provisional, strategy_of
 from geotrain.task import TrainingTask, load_task
 from geotrain.wan.flight import FlightTransport
 from geotrain.wan.shaped import Line, Shaped
@@ -262,7 +263,7 @@ def seat_replica(job: JobSpec, flat: FlatModel, strategy: Strategy, shares: Sequ
     if isinstance(strategy, Merging):
         sizes = [slot.stop - slot.start for slot in flat.slots]
         fragments = make_fragments(sizes, flat.parameters, strategy.turns, shares)
-    replica = replica_of(strategy, flat.vector, flat.parameters, coding_of(job.sync), len(job.regions), fragments)
+    replica = replica_of(strategy, flat.vector, flat.parameters, coding_of(job.sync, flat.tables), len(job.regions), fragments)
     if bits is not None:
         choose_codecs(replica, bits.up, bits.down)
     return replica
@@ -310,20 +311,25 @@ def probe(job: JobSpec, region: str, train: Inventory, output: str) -> Probed:
     batches = record_batches(book, 0, job.train.batch_size, trainer.rows.reader.read)
     first = next(batches)
     trainer.learn(trainer.rows.to_batch(first), 1.0).item()  # the first step is slower than those that follow
-    rows, began = 0, time.monotonic()
-    for batch in itertools.chain(batches, itertools.repeat(first)):
+    before, every = trainer.flat.vector.cpu(), provisional(job.sync).every
+    rows, touched, began = 0, before, time.monotonic()
+    for steps, batch in enumerate(itertools.chain(batches, itertools.repeat(first)), 1):
         rows += batch.num_rows
         trainer.learn(trainer.rows.to_batch(batch), 1.0).item()
+        if steps <= every and job.sync.sparse_embeddings:
+            touched = trainer.flat.vector.cpu() - before
         if (seconds := time.monotonic() - began) > PROBE_S:
             break
     payload = payload_bytes(job, trainer.flat.vector.numel(), trainer.flat.parameters)
+    if isinstance(sparse := coding_of(job.sync, trainer.flat.tables).codec, TouchedRows):
+        payload = sparse.measure(touched)
     full = FP32.wire_bytes(trainer.flat.vector.numel())
     return Probed(region, rows / seconds, payload, full, work_seconds(job, trainer.flat), str(trainer.flat.vector.device))
 
 
 def work_seconds(job: JobSpec, flat: FlatModel) -> float:
     """What one transfer of a whole update takes beside the wire: produced, checked at both ends, applied. Spoils the replica."""
-    replica = replica_of(Pushing("delta", 1, 1), flat.vector, flat.parameters, coding_of(job.sync), len(job.regions))
+    replica = replica_of(Pushing("delta", 1, 1), flat.vector, flat.parameters, coding_of(job.sync, flat.tables), len(job.regions))
     update = Update(Kind.PUSH, 0, "", 0)
     seconds = []
     for _ in range(2):  # the first takes fresh memory

@@ -37,7 +37,7 @@ from geotrain.sync.messages import (
     ViewChanged,
     Wake,
 )
-from geotrain.sync.sparse import TopK
+from geotrain.sync.sparse import TopK, TouchedRows
 from geotrain.wan.transport import Delivery, LinkTraffic
 
 SendTo = Callable[[str, Update, int, Tensor | None], None]
@@ -84,6 +84,8 @@ class Sizes:
     parameters: int
     turns: int = 1
     bits: Mapping[str, Bits] = field(default_factory=dict)
+    touched: float = 1.0
+    """Share of the rows of embedding tables that a round touches."""
 
     def of(self, update: Update) -> int:
         match update.kind:
@@ -108,6 +110,8 @@ class Sizes:
         codec = self.coding.codec
         if isinstance(codec, Several):
             return codec.options[choice].wire_bytes(elements) + 1
+        if isinstance(codec, TouchedRows):
+            return codec.expected(elements, self.touched)
         if self.coding.feedback == "dgc" and isinstance(codec, TopK) and sent // self.coding.warm_up < len(WARM_UP):
             codec = TopK(max(codec.keep, WARM_UP[sent // self.coding.warm_up]))
         return codec.wire_bytes(elements)

@@ -29,6 +29,7 @@ from geotrain.sync.machine import outside, round_machine
 from geotrain.sync.messages import View
 from geotrain.sync.pace import Pace
 from geotrain.sync.progress import Progress
+from geotrain.sync.sparse import Table
 from geotrain.sync.strategy import Merging, strategy_of
 from geotrain.task import load_task
 
@@ -42,6 +43,7 @@ class Model:
 
     tensors: tuple[int, ...]
     parameters: int
+    tables: tuple[Table, ...] = ()
 
     @property
     def elements(self) -> int:
@@ -135,7 +137,7 @@ def _model(job: JobSpec) -> Model:
         return Model((elements,), elements)
     torch.manual_seed(job.train.seed)
     flat = FlatModel(load_task("here", job.task, job.task_args).model(), torch.device("cpu"))
-    return Model(tuple(slot.stop - slot.start for slot in flat.slots), flat.parameters)
+    return Model(tuple(slot.stop - slot.start for slot in flat.slots), flat.parameters, flat.tables)
 
 
 def _plan(job: JobSpec, inventory: Mapping[str, Inventory], model: Model) -> Plan:
@@ -159,11 +161,11 @@ def _machine_at(job: JobSpec, plan: Plan, region: str, view: View, steps_in: Cal
 
 
 def _ghosts(job: JobSpec, plan: Plan, model: Model) -> Callable[[Simulation, str, View, bool], Body]:
-    strategy, coding = strategy_of(job.sync, len(job.regions), plan.chosen), coding_of(job.sync)
+    strategy, coding = strategy_of(job.sync, len(job.regions), plan.chosen), coding_of(job.sync, model.tables)
     turns = strategy.turns if isinstance(strategy, Merging) else 1
     fragments = make_fragments(model.tensors, model.parameters, turns, tuple(plan.shares.values()))
     known: dict[tuple[Any, int, int, str], int] = {}
-    sizes = Sizes(coding, fragments, model.elements, model.parameters, turns, plan.bits)
+    sizes = Sizes(coding, fragments, model.elements, model.parameters, turns, plan.bits, job.simulate.touched_rows)
     varies = coding.feedback == "dgc"
 
     def size(update: Any) -> int:

@@ -1,5 +1,6 @@
 """Feedback: what becomes of what a codec drops. Every kind keeps it and sends it later."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, assert_never
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from geotrain import job
 from geotrain.sync.codec import Codec, Several, codec_of
-from geotrain.sync.sparse import TopK
+from geotrain.sync.sparse import Table, TopK, TouchedRows
 
 FeedbackName = Literal["ef", "dgc", "econtrol"]
 
@@ -185,8 +186,10 @@ class Coding:
         return replace(self.codec) if isinstance(self.codec, Several) else self.codec
 
 
-def coding_of(sync: job.Sync) -> Coding:
-    """How the job's updates are coded."""
-    codec = codec_of(sync.codec, sync.keep)
+def coding_of(sync: job.Sync, tables: Sequence[Table] = ()) -> Coding:
+    """How the job's updates are coded. `tables`: the model's embedding tables, for `sparse_embeddings`."""
+    codec: Codec = codec_of(sync.codec, sync.keep)
+    if sync.sparse_embeddings and tables:
+        codec = TouchedRows(codec, tuple(tables))
     keep = getattr(codec, "keep", 1.0)
     return Coding(codec, sync.feedback, sync.feedback_decay, eta=keep / 400)

@@ -1,7 +1,9 @@
-"""Few numbers of many: top-k as DGC selects it, and chunked top-k with short indices and two-bit values (SparseLoCo, FedZip)."""
+"""Few numbers of many: top-k as DGC selects it, chunked top-k with short indices and two-bit values (SparseLoCo, FedZip), and the
+touched rows of embedding tables.
+"""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -9,6 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from geotrain.sync.quantized import check
+
+Table = tuple[int, int, int]
+"""An embedding table in the flat vector: (start, rows, width)."""
 
 SAMPLE = 100
 """One element in so many is looked at to guess the threshold."""
@@ -163,3 +168,86 @@ def _means(numbers: NDArray[np.float32], codes: NDArray[np.int64]) -> NDArray[np
     sums = np.bincount(codes, weights=numbers, minlength=4)
     counts = np.bincount(codes, minlength=4)
     return sums / np.maximum(counts, 1)
+
+
+class Inner(Protocol):
+    """What codes the numbers that are left."""
+
+    @property
+    def lossless(self) -> bool: ...
+
+    def wire_bytes(self, elements: int) -> int: ...
+
+    def encode(self, vector: Tensor) -> Tensor: ...
+
+    def decode(self, payload: Tensor, elements: int) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TouchedRows:
+    """Of embedding tables only the rows that changed, and everything else, through another codec [ours].
+
+    A row that no sample touched has a gradient of zero; with an optimizer that leaves it alone then (SGD, Adagrad; not Adam, whose
+    momentum goes on) most rows of a round are zero. Layout: rows touched per table, int32; their numbers, int32; the rest.
+    """
+
+    inner: Inner
+    tables: tuple[Table, ...]
+
+    @property
+    def lossless(self) -> bool:
+        return self.inner.lossless
+
+    def wire_bytes(self, elements: int) -> int:
+        """The most: with every row touched. `measure` is exact."""
+        return 4 * (len(self.tables) + sum(rows for _, rows, _ in self.tables)) + self.inner.wire_bytes(elements)
+
+    def measure(self, vector: Tensor) -> int:
+        """Exact size of this vector, encoded, before encoding it."""
+        touched = [len(rows) for rows in self._touched(vector)]
+        numbers = self._dense(vector.numel()) + sum(n * width for n, (_, _, width) in zip(touched, self.tables, strict=True))
+        return 4 * (len(self.tables) + sum(touched)) + self.inner.wire_bytes(numbers)
+
+    def expected(self, elements: int, share: float) -> int:
+        """Size with this share of every table's rows touched."""
+        rows = [round(share * rows) for _, rows, _ in self.tables]
+        numbers = self._dense(elements) + sum(n * width for n, (_, _, width) in zip(rows, self.tables, strict=True))
+        return 4 * (len(self.tables) + sum(rows)) + self.inner.wire_bytes(numbers)
+
+    def _touched(self, vector: Tensor) -> list[Tensor]:
+        """Per table, the numbers of its rows that are not zero, rising."""
+        return [vector[a : a + rows * width].view(rows, width).any(1).nonzero().view(-1) for a, rows, width in self.tables]
+
+    def _dense(self, elements: int) -> int:
+        return elements - sum(rows * width for _, rows, width in self.tables)
+
+    def _between(self, elements: int) -> list[tuple[int, int]]:
+        """The parts of the vector outside of the tables."""
+        edges = [0, *(edge for a, rows, width in sorted(self.tables) for edge in (a, a + rows * width)), elements]
+        return [(a, b) for a, b in zip(edges[0::2], edges[1::2], strict=True) if a < b]
+
+    def encode(self, vector: Tensor) -> Tensor:
+        touched = self._touched(vector)
+        kept = [vector[a:b] for a, b in self._between(vector.numel())]
+        kept += [vector[a : a + n * width].view(n, width)[rows].view(-1) for rows, (a, n, width) in zip(touched, self.tables, strict=True)]
+        head = torch.cat([torch.tensor([len(rows) for rows in touched]), *touched]).to(torch.int32)
+        return torch.cat([head.view(torch.uint8), self.inner.encode(torch.cat(kept))])
+
+    def decode(self, payload: Tensor, elements: int) -> Tensor:
+        count = len(self.tables)
+        counts = payload[: 4 * count].view(torch.int32).tolist() if payload.numel() >= 4 * count else []
+        if len(counts) != count or any(not 0 <= n <= rows for n, (_, rows, _) in zip(counts, self.tables, strict=True)):
+            raise ValueError(f"payload of {payload.numel()} bytes with {counts} rows of {count} tables")
+        split = 4 * (count + sum(counts))
+        numbers = payload[4 * count : split].view(torch.int32).to(torch.int64).split(counts)
+        rest = self._dense(elements) + sum(n * width for n, (_, _, width) in zip(counts, self.tables, strict=True))
+        values, out, at = self.inner.decode(payload[split:], rest), torch.zeros(elements), 0
+        for a, b in self._between(elements):
+            out[a:b] = values[at : at + b - a]
+            at += b - a
+        for rows, (a, n, width) in zip(numbers, self.tables, strict=True):
+            if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= n):
+                raise ValueError(f"a row outside of a table of {n}")
+            out[a : a + n * width].view(n, width)[rows] = values[at : at + len(rows) * width].view(-1, width)
+            at += len(rows) * width
+        return out

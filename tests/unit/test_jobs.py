@@ -119,3 +119,35 @@ def test_a_file_that_is_not_there_or_not_yaml_is_said_so(tmp_path: Path) -> None
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(JobError, match="not valid YAML"):
         load_job(str(tmp_path / "bad.yaml"))
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"strategy": "ma", "topology": "mesh"}, "mesh has nobody to merge"),
+    ({"strategy": "ma", "mode": "async", "topology": "owners"}, "owners shares the merging out"),
+    ({"strategy": "ma", "mode": "async", "codec": "topk"}, "whole replicas"),
+    ({"strategy": "ma", "mode": "async", "quorum": 2}, "belong to mode: sync"),
+    ({"strategy": "ma", "alpha": 0.5}, "belongs to mode: async"),
+    ({"strategy": "asgd", "feedback": "econtrol", "codec": "int8"}, "a push strategy has no owner"),
+    ({"strategy": "asgd", "topology": "ring"}, "'mesh'"),
+    ({"strategy": "diloco", "feedback": "econtrol"}, "one lossy codec"),
+    ({"strategy": "diloco", "feedback": "econtrol", "codec": "int8", "quorum": 2}, "leave quorum out"),
+    ({"strategy": "diloco", "feedback": "dgc", "codec": "int8"}, "needs codec: topk"),
+    ({"strategy": "diloco", "keep": 0.1}, "keeps every number"),
+    ({"strategy": "diloco", "feedback_decay": 0.9, "feedback": "dgc", "codec": "topk"}, "belongs to feedback: ef"),
+    ({"strategy": "diloco", "grace_s": 1}, "give a quorum"),
+    ({"strategy": "diloco", "merge": "median", "codec": "topk"}, "use norm_clipped"),
+    ({"strategy": "diloco", "merge": "median"}, "three regions or more"),
+    ({"strategy": "diloco", "quorum": 3}, "it can be 2 at most"),
+    ({"strategy": "streaming", "every": 10, "fragments": 4}, "not a multiple"),
+    ({"strategy": "streaming", "every": 8, "fragments": 4, "overlap_steps": 2}, "must be less than every / fragments = 2"),
+    ({"strategy": "diloco", "sparse_embeddings": True, "codec": "topk"}, "sends whole rows"),
+    ({"strategy": "diloco", "sparse_embeddings": True, "topology": "owners"}, "whole tables in one piece"),
+    ({"strategy": "streaming", "sparse_embeddings": True}, "no fragments"),
+    ({"strategy": "ma", "sparse_embeddings": True, "mode": "async"}, "whole replicas"),
+]
+
+
+@pytest.mark.parametrize(("sync", "reason"), REFUSED, ids=[reason for _, reason in REFUSED])
+def test_what_does_not_go_together_is_refused_with_the_reason(sync: dict[str, Any], reason: str) -> None:
+    with pytest.raises(JobError, match=reason):
+        parse_job(tree(sync=sync))

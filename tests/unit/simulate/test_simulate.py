@@ -134,6 +134,23 @@ def test_targets_and_axes_are_read() -> None:
     assert sweeps([]) == [{}]
 
 
+def test_touched_rows_of_embeddings_give_the_same_model_for_fewer_bytes(tmp_path: Path) -> None:
+    from geotrain.examples import make_example
+
+    make_example("clicks", tmp_path, ("north", "south"), skew=0.5, rows=600, seed=0)
+    tree = {
+        **job_tree(tmp_path),
+        "task": "geotrain.examples.clicks:Clicks",
+        "task_args": {"sparse": True, "lr": 0.05, "dim": 8},
+        "train": {"batch_size": 16, "epochs": 1},
+    }
+    dense, sparse = (
+        simulate(parse_job({**tree, "sync": {"strategy": "ma", "every": 4, "sparse_embeddings": on}}), real=True) for on in (False, True)
+    )
+    assert sparse.metrics == dense.metrics
+    assert sparse.wan_bytes < 0.3 * dense.wan_bytes
+
+
 def test_a_sweep_is_a_table_a_picture_and_its_numbers(tmp_path: Path) -> None:
     points_job(tmp_path)
     (tmp_path / "job.yaml").write_text(json.dumps(job_tree(tmp_path)))

@@ -15,7 +15,7 @@ from geotrain.sync.fragments import make_fragments
 from geotrain.sync.merge import Part, merge, outer_step
 from geotrain.sync.messages import Kind, Update
 from geotrain.sync.replica import DeltaReplica, MergeReplica, MixReplica
-from geotrain.sync.sparse import TopK
+from geotrain.sync.sparse import TopK, TouchedRows
 from geotrain.sync.strategy import Merging, Outer, Rule, discount
 
 SEEDS = st.integers(0, 10**6)
@@ -74,6 +74,39 @@ def test_positions_from_outside_are_refused() -> None:
     payload[:4] = 255
     with pytest.raises(ValueError, match="outside"):
         TopK(0.1).decode(payload, 100)
+
+
+def touched(seed: int, rows: int, width: int, share: float) -> Tensor:
+    """[7 numbers, a table, 3 numbers, a table of the same], of which only a share of the tables' rows is not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    tables = [torch.randn(rows, width, generator=generator) * (torch.rand(rows, 1, generator=generator) < share) for _ in range(2)]
+    return torch.cat([noise(seed, 7), tables[0].view(-1), noise(seed + 1, 3), tables[1].view(-1)])
+
+
+@given(SEEDS, st.integers(1, 60), st.integers(1, 9), st.floats(0, 1), st.sampled_from(["fp32", "bf16", "int8", "int4", "e3m0"]))
+def test_of_embeddings_only_touched_rows_are_sent(seed: int, rows: int, width: int, share: float, name: str) -> None:
+    x = touched(seed, rows, width, share)
+    codec = TouchedRows(codec_of(name), ((7, rows, width), (10 + rows * width, rows, width)))
+    payload = codec.encode(x)
+    assert payload.numel() == codec.measure(x) <= codec.wire_bytes(x.numel())
+    decoded = codec.decode(payload, x.numel())
+    assert torch.equal(decoded == 0, x == 0) or name not in ("fp32", "bf16")
+    assert float((decoded - x).norm()) <= 0.4 * float(x.norm()) + 1e-9
+    if name == "fp32":
+        assert torch.equal(decoded, x)
+    if share < 0.2 and rows > 30 and width > 4:
+        assert payload.numel() < 0.6 * codec.inner.wire_bytes(x.numel()) + 64
+    with pytest.raises(ValueError, match="payload|row|elements|size"):
+        codec.decode(payload[:-1], x.numel())
+
+
+def test_rows_from_outside_are_refused() -> None:
+    x = touched(1, 10, 3, 0.5)
+    codec = TouchedRows(FP32, ((7, 10, 3), (40, 10, 3)))
+    payload = codec.encode(x)
+    payload[8:12] = torch.tensor([200, 0, 0, 0], dtype=torch.uint8)
+    with pytest.raises(ValueError, match="outside"):
+        codec.decode(payload, x.numel())
 
 
 def test_compression_is_what_the_docs_say() -> None:
