@@ -48,7 +48,27 @@ def figures() -> str:
         "its columns are about time and bytes, and its held-out metrics say nothing yet (docs/strategies.md, BatchNorm).",
         "Pushes (`asgd`, `asgd_ga`, asynchronous `ma`) were measured with `max_staleness: 8`, not with the default of 2.",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *predictions(newest("prediction")), *core(newest("core"))]) + "\n"
+
+
+def predictions(found: dict[str, Any]) -> list[str]:
+    """`geotrain simulate` against `geotrain run` on a shaped network."""
+    lines = [
+        "",
+        "| predicted by `geotrain simulate`, measured on a shaped network with 30 ms | predicted, s | measured, s | error |",
+        "|---|---|---|---|",
+    ]
+    for name, case in found["results"].items():
+        lines.append(f"| {name} | {case['predicted_s']:.1f} | {case['measured_s']:.1f} | {100 * case['error']:+.1f} % |")
+    return lines
+
+
+def core(found: dict[str, Any]) -> list[str]:
+    """What codecs cost."""
+    lines = ["", "| one core, 11.2 million numbers | times smaller | MB/s, both ways | times a clone | relative error |", "|---|---|---|---|---|"]
+    for name, codec in found["results"]["codecs"].items():
+        lines.append(f"| `{name}` | {codec['ratio']:.1f} | {codec['mb_per_s']:,} | {codec['times_clone']:.0f} | {codec['error']:.3f} |")
+    return lines
 
 
 def range_of(spread: dict[str, float]) -> str:
