@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from geotrain.sync.codec import FP32, Several
-from geotrain.sync.feedback import Coding, ErrorFeedback, Feedback
+from geotrain.sync.feedback import Coding, ErrorFeedback, Feedback, MomentumCorrection
 from geotrain.sync.fragments import Fragment, make_fragments
 from geotrain.sync.merge import Merged, Part, cosine, merge, outer_step
 from geotrain.sync.messages import Kind, Update
@@ -211,8 +211,9 @@ def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 class DeltaReplica:
     """Pushes what its own optimizer did since the last push, and adds what the others did.
 
-    With an fp32 codec every partition ends at w0 + the sum of all deltas, up to float rounding (conservation). Buffers are
-    state, not sums: of those the push carries the values, and the receiver moves 1/regions of the way towards them.
+    With an fp32 codec every partition ends at w0 + the sum of all deltas, up to float rounding (conservation); with momentum
+    correction at w0 + the sum of all that was sent. Buffers are state, not sums: of those the push carries the values, and the
+    receiver moves 1/regions of the way towards them.
     """
 
     local: Tensor
@@ -239,7 +240,18 @@ class DeltaReplica:
         with torch.no_grad():
             delta = self.local[:n] - self.anchor
             self.anchor.copy_(self.local[:n])
-        return torch.cat([FP32.encode(self.local[n:].detach().cpu()), self.feedback.encode(delta.cpu())])
+        own = delta.clone() if isinstance(self.feedback, MomentumCorrection) else None
+        sums = self.feedback.encode(delta.cpu())
+        if own is not None:
+            self._move_as_sent(own, sums)
+        return torch.cat([FP32.encode(self.local[n:].detach().cpu()), sums])
+
+    def _move_as_sent(self, own: Tensor, sums: Payload) -> None:
+        """With momentum correction what is sent is not what the inner optimizer did: this region moves as the others do."""
+        with torch.no_grad():
+            sent = self.feedback.codec.decode(sums, self.parameters).to(self.local.device)
+            self.local[: self.parameters].add_(sent - own)
+            self.anchor.copy_(self.local[: self.parameters])
 
     def merge(self, update: Update, parts: Sequence[tuple[Update, Payload]]) -> tuple[Payload, dict[str, str]]:
         return mean_of_replicas(parts, self.local.numel())

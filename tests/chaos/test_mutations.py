@@ -125,6 +125,14 @@ MUTATIONS = [
         "pass",
         schedules("asgd-fp32"),
     ),
+    Mutation(
+        "the sender of a momentum-corrected update moves by what its own optimizer did",
+        DeltaReplica,
+        "produce",
+        "if own is not None:",
+        "if False:",
+        schedules("asgd_ga-dgc"),
+    ),
     Mutation("an old view's updates count", MergeMachine, "_received", "update.epoch != at.view.epoch", "False", schedules("diloco-fp32")),
     Mutation(
         "a wish to stop forgets how far it must travel",
