@@ -57,7 +57,7 @@ SHAPES = {
         IMAGES,
         replace(IMAGES, batch_size=32, samples_per_s=110.0, samples=12_800),
         44.8,
-        "11.2 million parameters, 290 ms a step; the metric is that of a quarter of its width with GroupNorm",
+        "11.2 million parameters, 290 ms a step; the metric is that of a quarter of its width",
     ),
     "DeepFM": Shape(CLICKS, CLICKS, None, "74 thousand parameters, nearly all embeddings, 1.6 ms a step; a lower log loss is better"),
 }

@@ -28,9 +28,7 @@ class Work:
 
 
 DIGITS = Work("geotrain.examples.digits:Digits", "digits", "accuracy", 60_000, 16, 29_000, args={"lr": 0.1})
-IMAGES = Work(
-    "geotrain.examples.images:Images", "images", "accuracy", 9_000, 16, 200, 3000, {"side": 16, "width": 16, "norm": "group", "lr": 0.02}
-)
+IMAGES = Work("geotrain.examples.images:Images", "images", "accuracy", 6_000, 16, 200, 2000, {"side": 16, "width": 16, "lr": 0.02})
 TEXT = Work("geotrain.examples.text:Text", "text", "loss", 8_000, 16, 100, 4000, {"layers": 2, "width": 96, "lr": 0.002})
 CLICKS = Work("geotrain.examples.clicks:Clicks", "clicks", "log_loss", 160_000, 64, 40_000, 40_000)
 
