@@ -192,7 +192,8 @@ def simulate(
                     metrics = " ".join(f"{name} {value:.4f}" for name, value in point.metrics.items())
                     status.update(f"simulating {told}: {duration(point.seconds)}, {count(point.samples)} samples  {metrics}")
 
-                outcome = simulate(spec, real=numerics is Numerics.real, goal=goal or spec.train.until, told=tell)
+                until = goal or (spec.train.until if numerics is Numerics.real else None)
+                outcome = simulate(spec, real=numerics is Numerics.real, goal=until, told=tell)
             rows.append({"keys": values, **asdict(outcome)})
         _show_simulated(rows, target, out, shape)
 

@@ -195,7 +195,10 @@ class Outage(Spec):
 
 
 class SimulateSpec(Spec):
-    """What `geotrain simulate` assumes and a real run measures."""
+    """What `geotrain simulate` assumes: what a real run measures, and what may happen to regions.
+
+    A simulated region that is lost leaves the view, and heals when it returns; today's real run stops with an error and is resumed.
+    """
 
     samples_per_s: Positive = 100.0
     """Of a device that gives no `samples_per_s` of its own."""

@@ -42,8 +42,8 @@ class Coded(Spec):
             raise ValueError("sparse_embeddings needs whole tables in one piece: topology star or mesh, and no fragments")
         if self.sparse_embeddings and getattr(self, "mode", "sync") == "async":
             raise ValueError("sparse_embeddings sends what changed; mode: async sends whole replicas")
-        if self.feedback_decay != 1 and self.feedback != "ef":
-            raise ValueError("feedback_decay belongs to feedback: ef")
+        if self.feedback_decay != 1 and (self.feedback != "ef" or self.codec == "fp32"):
+            raise ValueError("feedback_decay belongs to feedback: ef of a lossy codec")
         return self
 
 
@@ -114,13 +114,16 @@ class ModelAveraging(Merged):
     """sync: a merge round for all. async: mix in what arrives, when it arrives."""
     alpha: Share | None = None
     """async only: weight of an arriving replica; None: 1 / regions. Divided by 1 + staleness."""
-    max_staleness: Count = 2
+    max_staleness: Count | None = None
+    """async only: a region pauses rather than get more than this many rounds ahead of what it has heard; None: 2."""
     topology: Literal["star", "owners", "mesh", "ring"] = "star"  # type: ignore[assignment]
     """sync: star or owners. async: star (by way of the owner), mesh (everyone to everyone) or ring (each to the next)."""
 
     @model_validator(mode="after")
     def _mode_fits(self) -> "ModelAveraging":
         if self.mode == "sync":
+            if self.max_staleness is not None:
+                raise ValueError("max_staleness belongs to mode: async; a sync merge waits for its round")
             if self.alpha is not None:
                 raise ValueError("alpha belongs to mode: async; a sync merge weighs by samples")
             if self.topology in ("mesh", "ring"):
@@ -130,7 +133,7 @@ class ModelAveraging(Merged):
             raise ValueError("quorum and merge belong to mode: sync; an async replica is mixed in as it arrives")
         if self.topology == "owners":
             raise ValueError("topology: owners shares the merging out, and mode: async does not merge; write mesh, star or ring")
-        if self.codec not in ("fp32", "bf16", "int8") or self.feedback != "ef":
+        if self.codec not in ("fp32", "bf16", "int8") or self.feedback != "ef" or self.feedback_decay != 1:
             raise ValueError(
                 f"codec: {self.codec} with feedback: {self.feedback} drops what a later update makes up for; mode: async sends whole "
                 "replicas: use fp32, bf16 or int8"
@@ -189,6 +192,12 @@ class Delayed(Merged):
     """The outer momentum of each coordinate stays within plus and minus this."""
     staleness_penalty: NonNegative = 1.0
     """A merge is divided by 1 + penalty * (1 - cos) / 2, cos being its cosine with the merge before."""
+
+    @model_validator(mode="after")
+    def _clip_has_momentum(self) -> "Delayed":
+        if self.momentum_clip is not None and self.outer_momentum == 0:
+            raise ValueError("momentum_clip bounds the outer momentum, and outer_momentum is 0")
+        return self
 
 
 Sync = Annotated[Asgd | AsgdGa | ModelAveraging | DiLoCo | Streaming | Delayed, Field(discriminator="strategy")]

@@ -311,7 +311,7 @@ def probe(job: JobSpec, region: str, train: Inventory, output: str) -> Probed:
     batches = record_batches(book, 0, job.train.batch_size, trainer.rows.reader.read)
     first = next(batches)
     trainer.learn(trainer.rows.to_batch(first), 1.0).item()  # the first step is slower than those that follow
-    before, every = trainer.flat.vector.cpu(), provisional(job.sync).every
+    before, every = trainer.flat.vector.to("cpu", copy=True), provisional(job.sync).every
     rows, touched, began = 0, before, time.monotonic()
     for steps, batch in enumerate(itertools.chain(batches, itertools.repeat(first)), 1):
         rows += batch.num_rows

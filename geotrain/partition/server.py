@@ -125,19 +125,23 @@ class ParameterServer:
     def stepped(self, samples: int, loss: Tensor) -> None:
         """Count an inner step and exchange what is due, without waiting for anything.
 
-        `loss`: the step's mean, a detached scalar. Raises FloatingPointError at the end of a round whose loss or parameters are
-        not finite, before anything of it leaves the region.
+        `loss`: the step's mean, a detached scalar. Raises FloatingPointError at the end of a round, full or cut short, whose loss or
+        parameters are not finite, before anything of it leaves the region.
         """
-        at = self.machine.at
         self._losses.append((loss, samples))
         self.totals.steps += 1
-        if at.steps + 1 >= at.quota:
-            weights = torch.tensor([rows for _, rows in self._losses], dtype=loss.dtype, device=loss.device)
-            self._round_loss = (torch.stack([mean for mean, _ in self._losses]) * weights).sum().item()
-            self._losses.clear()
-            if not math.isfinite(self._round_loss) or not math.isfinite(self.replica.local.sum().item()):
-                raise FloatingPointError(f"loss in round {at.round}")
         self.handle(StepDone(samples, self.clock()))
+
+    def _add_up_losses(self) -> None:
+        """The round's steps are done: its loss, and whether all of it is finite."""
+        if not self._losses:
+            return
+        first = self._losses[0][0]
+        weights = torch.tensor([rows for _, rows in self._losses], dtype=first.dtype, device=first.device)
+        self._round_loss = (torch.stack([mean for mean, _ in self._losses]) * weights).sum().item()
+        self._losses.clear()
+        if not math.isfinite(self._round_loss) or not math.isfinite(self.replica.local.sum().item()):
+            raise FloatingPointError("loss or parameters")
 
     def _directive(self) -> Directive:
         """Take what came; while the machine holds, wait for more."""
@@ -190,6 +194,7 @@ class ParameterServer:
         """`spent`: payloads to forget once all instructions are carried out."""
         match instruction:
             case Produce(update):
+                self._add_up_losses()
                 self._payloads[update.key] = self.replica.produce(update)
                 if update.kind is Kind.PUSH:
                     spent.append(update)

@@ -41,7 +41,7 @@ class Rows:
 
     def book(self, epoch: int) -> LeaseBook:
         if epoch not in self.books:
-            for old in [known for known in self.books if known < epoch - 1]:
+            for old in [known for known in self.books if known < min(self.epoch, epoch - 1)]:
                 del self.books[old]
             self.books[epoch] = self._new_book(epoch)
         return self.books[epoch]
@@ -120,8 +120,12 @@ class Trainer:
         try:
             directive = self.server.step_done(rows, loss)
         except FloatingPointError as error:
-            raise NonFiniteLoss(self.region, round, self._files()) from error
+            raise self.not_finite(round) from error
         return self.group.follow(directive, self.flat.vector)
+
+    def not_finite(self, round: int) -> NonFiniteLoss:
+        """The error to raise when a round went wrong."""
+        return NonFiniteLoss(self.region, round, self._files())
 
     def learn(self, batch: Any | None, share: float) -> Tensor:
         """One inner step on this worker's batch, gradients averaged over the region's workers by rows.

@@ -166,7 +166,7 @@ def make_plan(job: JobSpec, inventory: Mapping[str, Inventory], offers: Mapping[
     allocations = {"matched": matched, "all": full}
     drafts = {kind: _draft(job, inventory, offers, allocations[kind], shares, update, straggler) for kind in allocations}
     draft, other = drafts[job.schedule.allocate], drafts["all" if job.schedule.allocate == "matched" else "matched"]
-    slowest_s = max((transfer_s(link, update.payload_bytes) for link in job.kinds_of_link()), default=0.0)
+    slowest_s = max((transfer_s(link, max(update.payload_bytes, update.full_bytes)) for link in job.kinds_of_link()), default=0.0)
     final = merge_exchange(names, {min(shares): 1.0}, 0 if draft.strategy.ends_equal else update.full_bytes, job.link)
     final_s = 0.0 if draft.strategy.ends_equal else final.seconds
     segment_rounds = job.schedule.segment_rounds or max(1, round(job.schedule.segment_s / max(draft.round_s, 1e-6)))
@@ -237,7 +237,8 @@ def choose(job: JobSpec, seconds_per_step: Mapping[str, float], most_steps: int,
     tau = settled.overlap_steps
     if isinstance(job.sync, Streaming) and job.sync.overlap_steps is None:
         tau = min(every // job.sync.fragments - 1, ceil(HIDDEN_MARGIN * exchange.seconds / step_s))
-    grace_s = settled.grace_s if getattr(job.sync, "grace_s", None) is not None else 0.5 * every * step_s
+    round_s = every * step_s / getattr(job.sync, "fragments", 1)
+    grace_s = settled.grace_s if getattr(job.sync, "grace_s", None) is not None else 0.5 * round_s
     return Chosen(every, tau, grace_s)
 
 

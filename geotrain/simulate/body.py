@@ -57,6 +57,10 @@ class Body(Protocol):
     def missed(self) -> int:
         """Contributions that a merge went on without."""
 
+    @property
+    def stride(self) -> int:
+        """Inner steps that may be one event: one where numbers that arrive between two steps must count from there on."""
+
     def begin(self, until: int, first: int) -> None: ...
 
     def step(self, steps: int) -> None:
@@ -90,7 +94,8 @@ class Sizes:
     def of(self, update: Update) -> int:
         match update.kind:
             case Kind.CONTRIBUTION | Kind.MERGED:
-                return self._coded(self.fragments[update.fragment].elements, update.round // self.turns, self._choice(update))
+                sent = update.round // self.turns if update.kind is Kind.CONTRIBUTION else None
+                return self._coded(self.fragments[update.fragment].elements, sent, self._choice(update))
             case Kind.PUSH:
                 buffers = 4 * (self.elements - self.parameters)
                 return self._coded(self.parameters, update.round, self._choice(update)) + buffers
@@ -106,13 +111,14 @@ class Sizes:
             return 0
         return bits.down if update.kind is Kind.MERGED else bits.up[update.fragment % len(bits.up)]
 
-    def _coded(self, elements: int, sent: int, choice: int) -> int:
+    def _coded(self, elements: int, sent: int | None, choice: int) -> int:
+        """`sent`: how many payloads before; None: of a way that does not warm up."""
         codec = self.coding.codec
         if isinstance(codec, Several):
             return codec.options[choice].wire_bytes(elements) + 1
         if isinstance(codec, TouchedRows):
             return codec.expected(elements, self.touched)
-        if self.coding.feedback == "dgc" and isinstance(codec, TopK) and sent // self.coding.warm_up < len(WARM_UP):
+        if self.coding.feedback == "dgc" and isinstance(codec, TopK) and sent is not None and sent // self.coding.warm_up < len(WARM_UP):
             codec = TopK(max(codec.keep, WARM_UP[sent // self.coding.warm_up]))
         return codec.wire_bytes(elements)
 
@@ -130,6 +136,7 @@ class Ghost:
     clock: Callable[[], float]
     totals: Totals = field(default_factory=Totals)
     missed: int = 0
+    stride: int = 1_000_000
     _made: int = 0
     _held_since: float | None = None
 
@@ -205,6 +212,7 @@ class Trained:
     events: Counter[str]
     """How many of each the server told of."""
     wake: Callable[[float], None]
+    stride: int = 1
     _round: int = -1
     _randomness: Tensor | None = None
 
@@ -235,7 +243,10 @@ class Trained:
                 torch.set_rng_state(self._randomness)
             loss, rows = self.trainer.inner_step()
             self._randomness = torch.get_rng_state()
-            self.server.stepped(rows, loss)
+            try:
+                self.server.stepped(rows, loss)
+            except FloatingPointError as error:
+                raise self.trainer.not_finite(self._round) from error
         torch.set_rng_state(before)
         self._wake()
 

@@ -12,7 +12,7 @@ import torch
 
 from geotrain.data.inventory import Inventory, Shard, take_inventory
 from geotrain.errors import DataError, JobError
-from geotrain.job import JobSpec, MetricGoal
+from geotrain.job import JobSpec, MetricGoal, parse_job
 from geotrain.metrics import add_sums, means
 from geotrain.partition.flat import FlatModel
 from geotrain.partition.seat import make_trainer, payload_bytes, seat_replica
@@ -151,6 +151,10 @@ def _plan(job: JobSpec, inventory: Mapping[str, Inventory], model: Model) -> Pla
 
 def _network(job: JobSpec) -> Network:
     traces = read_trace(job.links.trace) if job.links and job.links.trace else {}
+    names = [region.name for region in job.regions]
+    for link in traces:
+        if link != "all" and not any(link == f"{a}{sign}{b}" for a in names for b in names if a != b for sign in ">-"):
+            raise JobError(f"links.trace: '{link}' is not all, 'one>other' or 'one-other' of the regions {', '.join(names)}")
     return Network(job.link, random.Random(job.train.seed + 1), traces, turnaround=job.shape is None)
 
 
@@ -234,10 +238,13 @@ def sweeps(axes: Sequence[tuple[str, Sequence[Any]]]) -> list[dict[str, Any]]:
 
 
 def many(job: JobSpec, regions: int) -> JobSpec:
-    """The job with so many regions: copies of its own in turn, `tokyo-2` for the second tokyo."""
+    """The job with so many regions: copies of its own in turn, `tokyo-2` for the second tokyo, on links like the others'.
+
+    Raises JobError where the rest of the job does not fit so many.
+    """
     copies = []
     for number in range(regions):
         spec = job.regions[number % len(job.regions)]
         copy = number // len(job.regions) + 1
         copies.append(spec if copy == 1 else spec.model_copy(update={"name": f"{spec.name}-{copy}"}))
-    return job.model_copy(update={"regions": tuple(copies)})
+    return parse_job(job.model_copy(update={"regions": tuple(copies)}).to_dict(), f"{job.name} with {regions} regions")

@@ -67,6 +67,8 @@ class Node:
     busy_until: float = 0.0
     """With encoding or decoding."""
     worked_on: Update | None = None
+    part_s: float = 0.0
+    """Of the inner step that was under way when the ones before it were counted."""
 
 
 @dataclass
@@ -178,6 +180,7 @@ class Simulation:
         since, until, steps = node.stepping
         made = int(steps * (self.now - since) / (until - since)) if until > since else 0
         if made:
+            node.part_s = self.now - since - made * (until - since) / steps
             node.stepping, node.run = None, node.run + 1
             node.busy_s += self.now - since
             node.body.step(made)
@@ -187,11 +190,12 @@ class Simulation:
         machine = node.body.machine
         if machine.at.held or node.stepping is not None or node.lost:
             return
-        steps = machine.run_length
+        steps = min(machine.run_length, node.body.stride)
         mean, deviation = steps * node.step_s, math.sqrt(steps) * node.step_s * node.spread
         seconds = mean if not deviation else max(0.2 * mean, self.random.gauss(mean, deviation))
         node.run += 1
-        begin = max(self.now, node.busy_until)
+        begin = max(self.now, node.busy_until) - node.part_s
+        node.part_s = 0.0
         node.stepping = (begin, begin + seconds, steps)
         self.at(begin + seconds, self._stepped, node, node.run)
 

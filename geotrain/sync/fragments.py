@@ -27,15 +27,11 @@ class Fragment:
     def elements(self) -> int:
         return _size(self.parameters) + _size(self.buffers)
 
-    def gather(self, vector: Tensor) -> Tensor:
-        """The fragment's elements, [elements], in memory of their own."""
-        return torch.cat([vector[a:b] for a, b in (*self.parameters, *self.buffers)]) if self.elements else vector[:0].clone()
-
     def difference(self, left: Tensor, right: Tensor) -> Tensor:
-        """left - right on this fragment, [elements]; both are whole vectors on one device."""
+        """left - right on this fragment, [elements], where left is; both are whole vectors."""
         out, at = left.new_empty(self.elements), 0
         for a, b in (*self.parameters, *self.buffers):
-            torch.sub(left[a:b], right[a:b], out=out[at : at + b - a])
+            torch.sub(left[a:b], right[a:b].to(left.device), out=out[at : at + b - a])
             at += b - a
         return out
 

@@ -67,6 +67,8 @@ class MergeMachine:
     """Under way."""
     fulls: int = 0
     """Full merges done in this view."""
+    _interrupted: bool = False
+    """A full merge was under way when the view changed: it begins again."""
     _quorum_at: dict[Place, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -185,6 +187,8 @@ class MergeMachine:
             case Kind.MERGED:
                 if self._is_past(update.round) or place in self.merged:
                     return [Discard(update, "already applied")]
+                if update.origin != at.view.owner(update.fragment) or update.fragment not in self.fragments(update.round):
+                    return [Discard(update, "not of the fragment's owner")]
                 self.merged[place] = update
                 return self._advance(now)
             case Kind.HELLO:
@@ -207,7 +211,7 @@ class MergeMachine:
                 assert_never(update.kind)
 
     def _collect(self, update: Update, place: Place, now: float) -> list[Instruction]:
-        if self.at.view.owner(update.fragment) != self.at.region:
+        if self.at.view.owner(update.fragment) != self.at.region or update.fragment not in self.fragments(update.round):
             return [Discard(update, "not the owner")]
         if self._is_past(update.round) or place in self.merged:
             return [Discard(update, "already merged")]
@@ -259,6 +263,9 @@ class MergeMachine:
             out += self._apply()
         stale = [part for there in self.collected.values() for part in there.values() if part.origin != at.region]
         stale += [*self.merged.values(), *([self.state] if self.state else [])]
+        if self.full is not None:
+            self._interrupted = True
+            out += self.full.abandon()
         out += [Discard(update, "the view changed") for update in stale]
         self.collected.clear()
         self.merged.clear()
@@ -307,9 +314,13 @@ class MergeMachine:
 
     def _up_to_date(self, now: float) -> list[Instruction]:
         self.waiting_for, self.state, self.lineage = {}, None, self.at.view.epoch
+        self.at.fresh = False
         past = [self.merged.pop(place) for place in list(self.merged) if place[0] < self.applied]
         past += [part for place in list(self.collected) if place[0] < self.applied for part in self.collected.pop(place).values()]
         out: list[Instruction] = [Discard(update, "already merged") for update in past]
+        if self._interrupted:
+            self._interrupted = False
+            return out + self._merge_fully()
         return [*out, *self._merge_all(now), *self._advance(now)]
 
     def _is_past(self, round: int) -> bool:

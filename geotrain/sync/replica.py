@@ -99,11 +99,13 @@ class MergeReplica:
         self.momentum = torch.zeros(self.parameters) if self.strategy.outer.momentum else None
         self.fragments = self.fragments or make_fragments([self.parameters, self.local.numel() - self.parameters], self.parameters)
         assert len(self.fragments) == self.strategy.fragments, (len(self.fragments), self.strategy)
-        self._fresh_feedback()
-
-    def _fresh_feedback(self) -> None:
         self.up = [self.coding.up() for _ in self.fragments]
         self.down = [self.coding.down() for _ in self.fragments]
+
+    def _forget(self) -> None:
+        """What codecs had kept back is void."""
+        for way in (*self.up, *self.down):
+            way.load_state({})
 
     def wire_bytes(self, update: Update) -> int:
         if update.kind in (Kind.REPLICA, Kind.AGREED):
@@ -114,7 +116,7 @@ class MergeReplica:
     def produce(self, update: Update) -> Payload:
         if update.kind is Kind.REPLICA:
             return encode_whole(self.local)
-        delta = self.fragments[update.fragment].difference(self.theta, self.local.detach().cpu())
+        delta = self.fragments[update.fragment].difference(self.theta, self.local.detach())
         return self.up[update.fragment].encode(delta)
 
     def merge(self, update: Update, parts: Sequence[tuple[Update, Payload]]) -> tuple[Payload, dict[str, str]]:
@@ -172,14 +174,14 @@ class MergeReplica:
         if self.momentum is not None:
             self.momentum = numbers[n:]
         self._to_local(self.theta)
-        self._fresh_feedback()
+        self._forget()
 
     def new_view(self) -> None:
         """EControl's ends must have seen the same: all begin again. The penalty's memory too, which a newcomer does not have."""
         self.before.clear()
         if self.coding.feedback == "econtrol":
             self.integral.clear()
-            self._fresh_feedback()
+            self._forget()
 
     def _to_local(self, vector: Tensor) -> None:
         with torch.no_grad():
@@ -262,7 +264,8 @@ class DeltaReplica:
             if update.kind is Kind.AGREED:
                 self.local.copy_(FP32.decode(payload, self.local.numel()))
                 self.anchor.copy_(self.local[:n])
-                self.feedback = self.coding.up()  # what was not sent yet is in this region's replica, and so in the mean
+                if not isinstance(self.feedback, MomentumCorrection):
+                    self.feedback.load_state({})  # what was not sent yet is in this region's replica, and so in the mean
                 return
             buffers = FP32.decode(payload[:split], self.local.numel() - n).to(self.local.device)
             delta = self.feedback.codec.decode(payload[split:], n).to(self.local.device)

@@ -136,7 +136,7 @@ def strategy_of(sync: job.Sync, regions: int, chosen: Chosen | None = None) -> S
         case job.AsgdGa():
             return Pushing("delta", chosen.every, sync.max_staleness)
         case job.ModelAveraging(topology="star" | "mesh" | "ring" as topology) if sync.mode == "async":
-            return Pushing("parameters", chosen.every, sync.max_staleness, sync.alpha, topology)
+            return Pushing("parameters", chosen.every, sync.max_staleness or 2, sync.alpha, topology)
         case job.ModelAveraging():
             return _merging(sync, regions, chosen)
         case job.DiLoCo():

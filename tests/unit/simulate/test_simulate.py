@@ -65,14 +65,19 @@ def test_owners_send_the_same_whatever_the_number_of_regions() -> None:
 @pytest.mark.parametrize("name", [name for name, _ in combinations() if name.endswith(("-fp32", "-dgc", "-auto"))])
 def test_real_numbers_take_the_same_virtual_time(name: str, tmp_path: Path) -> None:
     """Payload sizes that are only reckoned with are those that are encoded."""
-    base = {"links": {"mbit_per_s": 0.01, "rtt_ms": 100}, "simulate": {"samples_per_s": 100}, "schedule": {"segment_rounds": 6}}
+    base = {
+        "links": {"mbit_per_s": 0.01, "rtt_ms": 100},
+        "simulate": {"samples_per_s": 100, "step_spread": 0},
+        "schedule": {"segment_rounds": 6},
+    }
     job = points_job(
         tmp_path, ("north", "south", "west"), rows={"north": 120, "south": 200, "west": 160}, **base, sync=dict(combinations())[name]
     )
     ghost, real = (
         simulate(job.model_copy(update={"train": job.train.model_copy(update={"epochs": 2.0})}), real=real) for real in (False, True)
     )
-    assert real.seconds == pytest.approx(ghost.seconds, rel=0.02)
+    whole_steps = 0.1 if "quorum" in name else 0.02  # without numbers a merge that comes without a region finds it between two steps
+    assert real.seconds == pytest.approx(ghost.seconds, rel=whole_steps)
     assert real.wan_bytes == pytest.approx(ghost.wan_bytes, rel=0.02)
     assert (real.samples, real.rounds) == (ghost.samples, ghost.rounds)
     assert real.metrics
