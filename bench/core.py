@@ -87,14 +87,14 @@ def merges() -> dict[str, Any]:
 
 
 def peak(what: str) -> float:
-    """Memory beyond the vector itself, in copies of it, measured in a process of its own."""
+    """Memory beyond the vector itself, payload and decoded vector included, in copies of it, measured in a process of its own."""
     done = subprocess.run([sys.executable, "-m", "bench.core", *what.split()], check=True, capture_output=True, text=True)
     return round(float(done.stdout) / (4 * NUMBERS), 2)
 
 
 def peak_of_codec(name: CodecName) -> None:
     torch.set_num_threads(1)
-    codec, x = codec_of(name), vector(0)
+    codec, x = codec_of(name), torch.empty(NUMBERS).normal_()
     codec.decode(codec.encode(x[:100_000]), 100_000)
     fixed = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     codec.decode(codec.encode(x), NUMBERS)

@@ -112,7 +112,7 @@ def test_killed_and_resumed_is_uninterrupted_to_the_bit(tmp_path: Path, name: st
     assert summary["samples"] == 4 * 400
 
 
-@pytest.mark.parametrize("name", ["diloco-bf16", "streaming", "delayed-owners-quorum"])
+@pytest.mark.parametrize("name", ["diloco-bf16", "streaming", "ma-econtrol"])
 def test_a_simulation_with_numbers_is_the_run_to_the_bit(tmp_path: Path, name: str) -> None:
     """The same job, plan, core and training; only the clock and the network are another."""
     job = points_job(tmp_path, rows={"north": 200, "south": 120}, sync=STRATEGIES[name], links={"mbit_per_s": 10, "rtt_ms": 100})
