@@ -11,6 +11,9 @@ from geotrain.plan.planner import Plan
 from geotrain.report.board import Board
 from geotrain.report.words import count, duration, money, size
 
+CODECS = ("bf16", "int8", "int4")
+"""What `codec: auto` chooses from, as geotrain.plan.bits numbers them."""
+
 
 class LiveView:
     """Rendered anew at every refresh."""
@@ -58,12 +61,30 @@ def plan_table(plan: Plan) -> RenderableType:
         )
     lines = [
         f"{plan.rounds} rounds of {plan.round_s:.3f} s in {plan.segments} segments; an update is {size(plan.payload_bytes)}, "
-        f"its exchange takes {plan.exchange_s:.3f} s" + (" beside compute" if plan.hidden else f" per round, {plan.owner} merges"),
+        f"its exchange takes {plan.exchange_s:.3f} s" + (" beside compute" if plan.hidden else f" per round, {_mergers(plan)}"),
+        _chosen(plan),
         f"predicted: {duration(plan.seconds)}, {money(plan.usd)}, {size(plan.wan_bytes)} over the WAN; "
         f"a peer is given up after {duration(plan.give_up_s)} out of reach",
     ]
     lines += [f"rejected: {other.what}: {duration(other.seconds)}, {money(other.usd)} ({other.why_not})" for other in plan.alternatives]
     return Group(table, *[Text(line) for line in lines])
+
+
+def _mergers(plan: Plan) -> str:
+    """Who merges: one, or each its share."""
+    if len(plan.shares) == 1:
+        return f"{plan.owner} merges"
+    return "merged by " + ", ".join(f"{owner} {100 * share:.0f} %" for owner, share in plan.shares.items())
+
+
+def _chosen(plan: Plan) -> str:
+    """What the plan settled, the job having left some of it open."""
+    words = [f"{plan.chosen.every} inner steps between two rounds"]
+    if plan.chosen.overlap_steps:
+        words.append(f"a merge is used {plan.chosen.overlap_steps} steps later")
+    for region, bits in plan.bits.items():
+        words.append(f"{region} sends {'/'.join(CODECS[choice] for choice in bits.up)}, merges {CODECS[bits.down]}")
+    return "; ".join(words)
 
 
 def summary_table(summary: Mapping[str, Any]) -> RenderableType:

@@ -150,3 +150,12 @@ def test_balanced_regions_make_steps_by_their_speed() -> None:
     per_round = {region.region: region.steps_per_epoch / region.rounds_per_epoch for region in plan.regions}
     assert per_round["paris"] == pytest.approx(3 * per_round["tokyo"], rel=0.1)
     assert plan.region("paris").compute_s == pytest.approx(plan.region("tokyo").compute_s, rel=0.1)
+
+
+def test_the_bits_that_a_plan_chooses_are_those_that_the_core_has() -> None:
+    from geotrain.plan.bits import BYTES_PER_NUMBER
+    from geotrain.report.live import CODECS
+    from geotrain.sync.codec import BITS, codec_of
+
+    assert CODECS == BITS
+    assert [codec_of(name).wire_bytes(10**6) / 10**6 for name in BITS] == pytest.approx(BYTES_PER_NUMBER, rel=0.01)
