@@ -18,7 +18,7 @@ from rich.live import Live
 
 from geotrain import __version__, checkpoint, guard
 from geotrain.answers import Format, answering, answers, envelope, people
-from geotrain.errors import GeotrainError, JobError, Stopped
+from geotrain.errors import GeotrainError, JobError, NonFiniteLoss, Stopped
 from geotrain.examples import ExampleName, make_example, region_names
 from geotrain.job import load_job
 from geotrain.report.folder import RunFolder, list_runs
@@ -193,7 +193,13 @@ def simulate(
                     status.update(f"simulating {told}: {duration(point.seconds)}, {count(point.samples)} samples  {metrics}")
 
                 until = goal or (spec.train.until if numerics is Numerics.real else None)
-                outcome = simulate(spec, real=numerics is Numerics.real, goal=until, told=tell)
+                try:
+                    outcome = simulate(spec, real=numerics is Numerics.real, goal=until, told=tell)
+                except NonFiniteLoss as error:
+                    if not values:
+                        raise
+                    rows.append({"keys": values, "refused": error.message})
+                    continue
             rows.append({"keys": values, **asdict(outcome)})
         _show_simulated(rows, target, out, shape)
 
