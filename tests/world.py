@@ -116,6 +116,8 @@ class Node:
     stepping: bool = False
     steps: int = 0
     sends_left: int | None = None
+    number: int = field(default_factory=itertools.count().__next__)
+    """Unlike any other process's, before or after."""
 
 
 @dataclass
@@ -252,16 +254,16 @@ class World:
         match instruction:
             case Apply(update, _, staleness):
                 self.applied.append((node.name, update.key, staleness))
-                fate = self.fates.pop((id(node), update.round, update.fragment), None)
+                fate = self.fates.pop((node.number, update.round, update.fragment), None)
                 if update.kind is Kind.MERGED:
                     assert len(update.members) >= (self.strategy.quorum or 1), f"merged of {update.members} alone"
                     assert fate is (Settle if node.name in update.members else Return), f"{node.name} in {update.members}: {fate}"
             case Produce(update) if update.kind is Kind.CONTRIBUTION:
-                place = (id(node), update.round, update.fragment)
+                place = (node.number, update.round, update.fragment)
                 assert place not in self.open_contributions, f"{node.name} contributes twice to {place[1:]}"
                 self.open_contributions.add(place)
             case Settle(update) | Return(update) | Discard(update) if update.kind is Kind.CONTRIBUTION and update.origin == node.name:
-                place = (id(node), update.round, update.fragment)
+                place = (node.number, update.round, update.fragment)
                 self.open_contributions.remove(place)  # every contribution has one fate
                 self.fates[place] = type(instruction)
 

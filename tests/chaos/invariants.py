@@ -96,7 +96,7 @@ def check(world: World) -> None:
     for node in there:
         assert not node.server._payloads, f"{node.name} keeps {sorted(node.server._payloads)}"
         assert not node.server.machine.early, f"{node.name} keeps {node.server.machine.early}"
-    alive = {id(node) for node in there}
+    alive = {node.number for node in there}
     assert not [place for place in world.open_contributions if place[0] in alive], "contributions without a fate"
     keys = [(region, key) for region, key, _ in world.applied]
     if not world.faults.changes_views:
