@@ -29,9 +29,6 @@ class Replica(Protocol):
     local: Tensor
     """The flat parameters and buffers that inner steps change, on any device."""
 
-    def wire_bytes(self, update: Update) -> int:
-        """Exact size of the payload that `produce` or `merge` would make for this update."""
-
     def produce(self, update: Update) -> Payload:
         """This region's payload: of its round, or its whole replica."""
 
@@ -106,12 +103,6 @@ class MergeReplica:
         """What codecs had kept back is void."""
         for way in (*self.up, *self.down):
             way.load_state({})
-
-    def wire_bytes(self, update: Update) -> int:
-        if update.kind in (Kind.REPLICA, Kind.AGREED):
-            return FP32.wire_bytes(self.theta.numel())
-        way = self.up if update.kind is Kind.CONTRIBUTION else self.down
-        return way[update.fragment].wire_bytes(self.fragments[update.fragment].elements)
 
     def produce(self, update: Update) -> Payload:
         if update.kind is Kind.REPLICA:
@@ -230,11 +221,6 @@ class DeltaReplica:
         self.anchor = self.local.detach()[: self.parameters].clone()
         self.feedback = self.coding.up()
 
-    def wire_bytes(self, update: Update) -> int:
-        if update.kind is not Kind.PUSH:
-            return FP32.wire_bytes(self.local.numel())
-        return self.feedback.wire_bytes(self.parameters) + FP32.wire_bytes(self.local.numel() - self.parameters)
-
     def produce(self, update: Update) -> Payload:
         if update.kind is Kind.REPLICA:
             return encode_whole(self.local)
@@ -298,10 +284,6 @@ class MixReplica:
 
     local: Tensor
     coding: Coding
-
-    def wire_bytes(self, update: Update) -> int:
-        codec = self.coding.codec if update.kind is Kind.PUSH else FP32
-        return codec.wire_bytes(self.local.numel())
 
     def produce(self, update: Update) -> Payload:
         return encode_whole(self.local) if update.kind is Kind.REPLICA else self.coding.codec.encode(self.local.detach().cpu())
