@@ -87,6 +87,10 @@ class LeaseBook:
         self.used = [used + rows for used, rows in zip(self.used, taken, strict=True)]
         return taken
 
+    def seek(self, steps: int, batch_size: int) -> None:
+        """Be where so many inner steps lead."""
+        self.used = [min(steps * batch_size, lent) for lent in self.lent_rows]
+
     @property
     def spent(self) -> bool:
         """Every row was taken."""

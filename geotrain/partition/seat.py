@@ -17,7 +17,7 @@ from geotrain import checkpoint
 from geotrain.data.batches import Reader, record_batches
 from geotrain.data.inventory import Inventory, take_inventory
 from geotrain.data.leases import LeaseBook
-from geotrain.errors import BadCheckpoint, CannotListen, Stopped, TaskFailed, WorkerLost
+from geotrain.errors import BadCheckpoint, CannotListen, JobError, Stopped, TaskFailed, WorkerLost
 from geotrain.job import JobSpec
 from geotrain.partition.flat import FlatModel, sha256
 from geotrain.partition.group import Alone, Directive, Group, Together
@@ -37,7 +37,7 @@ from geotrain.sync.messages import Kind, Update
 from geotrain.sync.pace import Pace
 from geotrain.sync.progress import Progress
 from geotrain.sync.replica import MergeReplica, Replica, choose_codecs, replica_of
-from geotrain.sync.sparse import TouchedRows
+from geotrain.sync.sparse import Table, TouchedRows
 from geotrain.sync.strategy import Merging, Pushing, Strategy, provisional, strategy_of
 from geotrain.task import TrainingTask, load_task
 from geotrain.wan.flight import FlightTransport
@@ -223,7 +223,7 @@ class Seat:
 
 
 def make_trainer(job: JobSpec, region: str, train: Inventory, rank: int, world: int, rendezvous: str | None) -> Trainer:
-    """The task's model, flat, with its optimizer and its rows. Raises TaskImportError, TaskFailed."""
+    """The task's model, flat, with its optimizer and its rows. Raises TaskImportError, TaskFailed, JobError."""
     keep_freed_memory()
     torch.set_num_threads(job.train.threads)
     task = load_task(region, job.task, job.task_args)
@@ -235,6 +235,7 @@ def make_trainer(job: JobSpec, region: str, train: Inventory, rank: int, world: 
         optimizer = task.optimizer([p for p in flat.model.parameters() if p.requires_grad])
     except TASK_FAULTS as error:
         raise TaskFailed(region, "model or optimizer", f"{type(error).__name__}: {error}") from error
+    check_tables(job, flat.tables)
     group: Group = Alone()
     if rendezvous:
         gpus = getattr(job.region(region).cluster, "gpus", ())
@@ -243,6 +244,12 @@ def make_trainer(job: JobSpec, region: str, train: Inventory, rank: int, world: 
     rows = Rows(train.row_groups(), reader, job.train, rank, world, to_batch=batch_maker(region, task))
     flat.model.train()
     return Trainer(region, task, flat, optimizer, group, rows, job.train.precision, job.train.seed)
+
+
+def check_tables(job: JobSpec, tables: Sequence[Table]) -> None:
+    """Raises JobError where the job wants rows of embedding tables sent, and the model has no table."""
+    if job.sync.sparse_embeddings and not tables:
+        raise JobError("sync.sparse_embeddings: the model has no nn.Embedding, so every number would be sent: leave the key out")
 
 
 def batch_maker(region: str, task: TrainingTask) -> Callable[[Any], Any]:
@@ -344,8 +351,8 @@ def work_seconds(job: JobSpec, flat: FlatModel) -> float:
 
 def payload_bytes(job: JobSpec, elements: int, parameters: int) -> int:
     """One update of a whole model, encoded."""
-    codec = coding_of(job.sync).codec
-    if isinstance(strategy_of(job.sync, len(job.regions)), Merging):
+    codec, strategy = coding_of(job.sync).codec, strategy_of(job.sync, len(job.regions))
+    if isinstance(strategy, Pushing) and strategy.sends == "parameters":
         return codec.wire_bytes(elements)
     return codec.wire_bytes(parameters) + FP32.wire_bytes(elements - parameters)
 

@@ -69,6 +69,14 @@ class Rows:
             yield from map(self.to_batch, record_batches(book, self.rank, self.train.batch_size, self.reader.read, skip))
             book, skip = self._new_book(book.epoch + 1), 0
 
+    def seek(self, epoch: int, done: int) -> None:
+        """Be where `done` inner steps of an epoch lead; negative: so many before its begin."""
+        self.close()
+        self.epoch = epoch if done >= 0 else max(0, epoch - 1)
+        book = self._new_book(self.epoch)
+        book.seek(done if done >= 0 else max(0, book.steps(self.train.batch_size) + done), self.train.batch_size)
+        self.books = {self.epoch: book}
+
     def restore(self, cursor: dict[str, Any]) -> None:
         self.close()
         mix = self.train.mix_row_groups

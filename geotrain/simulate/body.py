@@ -6,7 +6,7 @@
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -74,6 +74,9 @@ class Body(Protocol):
 
     def merge_fully(self) -> None: ...
 
+    def succeed(self, earlier: Self) -> None:
+        """Go on where the earlier life of this region was after its last whole round: that much is known to the others."""
+
     def close(self) -> None:
         """Give back its threads."""
 
@@ -95,7 +98,8 @@ class Sizes:
         match update.kind:
             case Kind.CONTRIBUTION | Kind.MERGED:
                 sent = update.round // self.turns if update.kind is Kind.CONTRIBUTION else None
-                return self._coded(self.fragments[update.fragment].elements, sent, self._choice(update))
+                fragment = self.fragments[update.fragment]
+                return self._coded(fragment.parametric, sent, self._choice(update)) + 4 * fragment.buffered
             case Kind.PUSH:
                 buffers = 4 * (self.elements - self.parameters)
                 return self._coded(self.parameters, update.round, self._choice(update)) + buffers
@@ -161,6 +165,10 @@ class Ghost:
 
     def merge_fully(self) -> None:
         self._do(MergeAsked(self.clock()))
+
+    def succeed(self, earlier: Self) -> None:
+        before, at = earlier.machine.at, self.machine.at
+        at.round, at.done, self._made = before.round, before.done, earlier._made - before.steps
 
     def close(self) -> None: ...
 
@@ -265,6 +273,11 @@ class Trained:
 
     def merge_fully(self) -> None:
         self.server.handle(MergeAsked(self.server.clock()))
+
+    def succeed(self, earlier: Self) -> None:
+        before, at = earlier.machine.at, self.machine.at
+        at.round, at.done = before.round, before.done
+        self.trainer.rows.seek(at.pace.epoch(at.round), at.done)
 
     def close(self) -> None:
         self.trainer.rows.close()

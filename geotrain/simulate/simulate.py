@@ -15,7 +15,7 @@ from geotrain.errors import DataError, JobError
 from geotrain.job import JobSpec, MetricGoal, parse_job
 from geotrain.metrics import add_sums, means
 from geotrain.partition.flat import FlatModel
-from geotrain.partition.seat import make_trainer, payload_bytes, seat_replica
+from geotrain.partition.seat import check_tables, make_trainer, payload_bytes, seat_replica
 from geotrain.partition.server import ParameterServer
 from geotrain.partition.trainer import evaluate
 from geotrain.plan.planner import Plan, UpdateSize, make_plan
@@ -137,6 +137,7 @@ def _model(job: JobSpec) -> Model:
         return Model((elements,), elements)
     torch.manual_seed(job.train.seed)
     flat = FlatModel(load_task("here", job.task, job.task_args).model(), torch.device("cpu"))
+    check_tables(job, flat.tables)
     return Model(tuple(slot.stop - slot.start for slot in flat.slots), flat.parameters, flat.tables)
 
 

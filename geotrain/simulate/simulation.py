@@ -229,10 +229,10 @@ class Simulation:
 
     def _return(self, name: str) -> None:
         node = self.nodes[name]
+        back = self.nodes[name] = Node(name, self.make_body(self, name, self.view, True), node.step_s, node.spread, busy_s=node.busy_s)
+        back.body.succeed(node.body)
         node.body.close()
-        self.nodes[name] = Node(name, self.make_body(self, name, self.view, True), node.step_s, node.spread, busy_s=node.busy_s)
-        self.nodes[name].body.machine.at.done = node.body.machine.at.done  # what was merged of its rows is known to the others
-        self.nodes[name].body.begin(self.until, self.first)
+        back.body.begin(self.until, self.first)
         self._change_view([*self.view.regions, name])
 
     def _change_view(self, regions: list[str]) -> None:

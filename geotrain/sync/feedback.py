@@ -19,9 +19,6 @@ class Feedback(Protocol):
 
     codec: Codec
 
-    def wire_bytes(self, elements: int) -> int:
-        """Exact size of the next payload."""
-
     def encode(self, vector: Tensor) -> Tensor:
         """[elements] fp32, which is consumed -> payload."""
 
@@ -43,9 +40,6 @@ class ErrorFeedback:
     codec: Codec
     decay: float = 1.0
     residual: Tensor | None = None
-
-    def wire_bytes(self, elements: int) -> int:
-        return self.codec.wire_bytes(elements)
 
     def encode(self, vector: Tensor) -> Tensor:
         if self.residual is not None:
@@ -88,9 +82,6 @@ class MomentumCorrection:
         stage = self.sent // self.warm_up if self.warm_up else len(WARM_UP)
         return TopK(max(self.codec.keep, WARM_UP[stage])) if stage < len(WARM_UP) else self.codec
 
-    def wire_bytes(self, elements: int) -> int:
-        return self._now().wire_bytes(elements)
-
     def encode(self, vector: Tensor) -> Tensor:
         if self.velocity is None or self.total is None:
             self.velocity, self.total = torch.zeros_like(vector), torch.zeros_like(vector)
@@ -129,9 +120,6 @@ class ErrorControl:
     eta: float
     error: Tensor | None = None
     mirror: Tensor | None = None
-
-    def wire_bytes(self, elements: int) -> int:
-        return self.codec.wire_bytes(elements)
 
     def encode(self, vector: Tensor) -> Tensor:
         if self.error is None or self.mirror is None:

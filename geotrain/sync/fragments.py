@@ -24,13 +24,27 @@ class Fragment:
     buffers: tuple[Range, ...]
 
     @property
+    def ranges(self) -> tuple[Range, ...]:
+        return (*self.parameters, *self.buffers)
+
+    @property
+    def parametric(self) -> int:
+        """How many of its elements are parameters."""
+        return _size(self.parameters)
+
+    @property
+    def buffered(self) -> int:
+        """How many of its elements are buffers."""
+        return _size(self.buffers)
+
+    @property
     def elements(self) -> int:
-        return _size(self.parameters) + _size(self.buffers)
+        return self.parametric + self.buffered
 
     def difference(self, left: Tensor, right: Tensor) -> Tensor:
         """left - right on this fragment, [elements], where left is; both are whole vectors."""
         out, at = left.new_empty(self.elements), 0
-        for a, b in (*self.parameters, *self.buffers):
+        for a, b in self.ranges:
             torch.sub(left[a:b], right[a:b].to(left.device), out=out[at : at + b - a])
             at += b - a
         return out

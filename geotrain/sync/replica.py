@@ -1,7 +1,8 @@
 """A replica: what the machine's instructions mean for the numbers of one partition.
 
 All vectors are flat: [parameters..., floating-point buffers...]. Buffers (BatchNorm statistics) are averaged with the parameters
-but never take part in an outer optimizer. The wire form is computed on the CPU in fp32, wherever the parameters live.
+but never take part in an outer optimizer, and travel in fp32 whatever the codec: they are few, and values rather than small steps,
+which would spoil the scale that they share with others. The wire form is computed on the CPU in fp32, wherever the parameters live.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import Protocol, assert_never
 import torch
 from torch import Tensor
 
-from geotrain.sync.codec import FP32, Several
+from geotrain.sync.codec import FP32, Codec, Several
 from geotrain.sync.feedback import Coding, ErrorFeedback, Feedback, MomentumCorrection
 from geotrain.sync.fragments import Fragment, make_fragments
 from geotrain.sync.merge import Merged, Part, cosine, merge, outer_step
@@ -72,7 +73,12 @@ def _parts(parts: Sequence[tuple[Update, Payload]], decode: Callable[[Payload], 
 
 @dataclass(slots=True)
 class MergeReplica:
-    """theta, which all regions agree on, beside the local parameters; contributes pseudo-gradients theta - local."""
+    """theta, which all regions agree on, beside the local parameters; contributes pseudo-gradients, what local moved away from theta.
+
+    One round delayed, a region begins a round from theta - lr * (its own contribution under way), as in delayed averaging (DaSGD,
+    arXiv 2006.00441), and contributes what it moved from there. From theta alone, as in CO2, every second round would begin without
+    what the one before did: for H steps that get a good part of the way, an oscillation [ours: docs/decisions.md].
+    """
 
     local: Tensor
     parameters: int
@@ -90,6 +96,8 @@ class MergeReplica:
     """The owner's, with a penalty: each fragment's last merge."""
     integral: dict[int, Tensor] = field(default_factory=dict)
     """With EControl: each fragment's sum of merges, which is what is applied."""
+    ahead: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """One round delayed: (round, fragment) -> [elements] by which this region is ahead of theta until that merge is applied."""
 
     def __post_init__(self) -> None:
         self.theta = self.local.detach().to("cpu", torch.float32, copy=True)
@@ -107,22 +115,34 @@ class MergeReplica:
     def produce(self, update: Update) -> Payload:
         if update.kind is Kind.REPLICA:
             return encode_whole(self.local)
-        delta = self.fragments[update.fragment].difference(self.theta, self.local.detach())
-        return self.up[update.fragment].encode(delta)
+        fragment, way = self.fragments[update.fragment], self.up[update.fragment]
+        delta = fragment.difference(self.theta, self.local.detach())
+        if self.strategy.tau is not None:
+            return _encode(way, fragment, delta)
+        for moved in self._ahead(update.fragment):
+            delta.sub_(moved)
+        payload = _encode(way, fragment, delta)
+        steps, buffers = _decode(way.codec, fragment, payload)
+        self.ahead[update.round, update.fragment] = torch.cat([steps * self.strategy.outer.lr, buffers])
+        self._begin(update.fragment)
+        return payload
 
     def merge(self, update: Update, parts: Sequence[tuple[Update, Payload]]) -> tuple[Payload, dict[str, str]]:
         if update.kind is Kind.AGREED:
             return mean_of_replicas(parts, self.theta.numel())
-        number, elements = update.fragment, self.fragments[update.fragment].elements
+        number, fragment = update.fragment, self.fragments[update.fragment]
+        codec, rule = self.up[number].codec, self.strategy.rule
         if self.coding.feedback == "econtrol":  # every mirror counts alike, whatever a round's samples
             parts = [(replace(part, samples=1), payload) for part, payload in parts]
-        merged = merge(_parts(parts, lambda payload: self.up[number].codec.decode(payload, elements)), self.strategy.rule)
+        merged = merge(_parts(parts, lambda payload: _decode(codec, fragment, payload)[0]), rule)
+        buffers = merge(_parts(parts, lambda payload: _decode_buffers(fragment, payload)), "mean" if rule == "radial" else rule)
         if self.strategy.penalty and number in self.before:
             turned = 1 - cosine(merged.vector, self.before[number])
             merged = Merged(merged.vector / (1 + self.strategy.penalty * turned / 2), merged.suspects)
         if self.strategy.penalty:
             self.before[number] = merged.vector.clone()
-        return self.down[number].encode(merged.vector), merged.suspects
+        payload = torch.cat([FP32.encode(buffers.vector), self.down[number].encode(merged.vector)])
+        return payload, buffers.suspects | merged.suspects
 
     def apply(self, update: Update, payload: Payload, weight: float) -> None:
         """The outer step, the same in every region: same bytes, same arithmetic, same result to the bit."""
@@ -132,28 +152,45 @@ class MergeReplica:
             self._to_local(self.theta)
             return
         number = update.fragment
-        merged = self.down[number].codec.decode(payload, self.fragments[number].elements)
+        merged, buffers = _decode(self.down[number].codec, self.fragments[number], payload)
         if self.coding.feedback == "econtrol":
             merged = self.integral[number] = self.integral[number] + merged if number in self.integral else merged.clone()
-        self._outer_step(self.fragments[number], merged)
+        self._outer_step(self.fragments[number], merged, buffers)
+        self.ahead.pop((update.round, number), None)
+        self._begin(number)
 
-    def _outer_step(self, fragment: Fragment, merged: Tensor) -> None:
-        at, alpha = 0, self.strategy.alpha
-        for a, b in (*fragment.parameters, *fragment.buffers):
-            piece, theta = merged[at : at + b - a], self.theta[a:b]
-            if b <= self.parameters:
-                outer_step(theta, piece, None if self.momentum is None else self.momentum[a:b], self.strategy.outer)
-            else:
-                theta.sub_(piece)
-            with torch.no_grad():
-                if alpha:
-                    self.local[a:b].lerp_(theta.to(self.local.device), 1 - alpha)
-                else:
-                    self.local[a:b].copy_(theta)
+    def _outer_step(self, fragment: Fragment, merged: Tensor, buffers: Tensor) -> None:
+        at = 0
+        for a, b in fragment.parameters:
+            momentum = None if self.momentum is None else self.momentum[a:b]
+            outer_step(self.theta[a:b], merged[at : at + b - a], momentum, self.strategy.outer)
+            at += b - a
+        at = 0
+        for a, b in fragment.buffers:
+            self.theta[a:b].sub_(buffers[at : at + b - a])
             at += b - a
 
+    def _begin(self, number: int) -> None:
+        """Let local be where the next inner step begins."""
+        at, alpha, ahead = 0, self.strategy.alpha, self._ahead(number)
+        for a, b in self.fragments[number].ranges:
+            begin = self.theta[a:b]
+            for moved in ahead:
+                begin = begin - moved[at : at + b - a]
+            with torch.no_grad():
+                if alpha:
+                    self.local[a:b].lerp_(begin.to(self.local.device), 1 - alpha)
+                else:
+                    self.local[a:b].copy_(begin)
+            at += b - a
+
+    def _ahead(self, number: int) -> list[Tensor]:
+        return [moved for (_, fragment), moved in sorted(self.ahead.items(), key=lambda item: item[0]) if fragment == number]
+
     def take_back(self, update: Update, payload: Payload, weight: float) -> None:
-        self.up[update.fragment].give_back(payload, weight, self.fragments[update.fragment].elements)
+        """Buffers are not sent again: they are values, of which the next contribution has newer ones."""
+        fragment = self.fragments[update.fragment]
+        self.up[update.fragment].give_back(payload[4 * fragment.buffered :], weight, fragment.parametric)
 
     def share(self) -> Payload:
         return FP32.encode(torch.cat([self.theta, *([] if self.momentum is None else [self.momentum])]))
@@ -164,6 +201,7 @@ class MergeReplica:
         self.theta = numbers[:n]
         if self.momentum is not None:
             self.momentum = numbers[n:]
+        self.ahead.clear()
         self._to_local(self.theta)
         self._forget()
 
@@ -179,6 +217,7 @@ class MergeReplica:
             self.local.copy_(vector)
 
     def state(self) -> dict[str, Tensor]:
+        assert not self.ahead, "a checkpoint is made where every merge is applied"
         kept = {"theta": self.theta} | ({} if self.momentum is None else {"momentum": self.momentum})
         for number in range(len(self.fragments)):
             kept |= {f"up.{number}.{name}": tensor for name, tensor in self.up[number].state().items()}
@@ -194,6 +233,21 @@ class MergeReplica:
             self.down[number].load_state(_under(f"down.{number}", state))
         self.before = {int(number): tensor for number, tensor in _under("before", state).items()}
         self.integral = {int(number): tensor for number, tensor in _under("integral", state).items()}
+
+
+def _encode(way: Feedback, fragment: Fragment, vector: Tensor) -> Payload:
+    """[elements] of a fragment, which is consumed -> its buffers in fp32, then its parameters, coded."""
+    coded = way.encode(vector[: fragment.parametric])
+    return torch.cat([FP32.encode(vector[fragment.parametric :]), coded]) if fragment.buffered else coded
+
+
+def _decode(codec: Codec, fragment: Fragment, payload: Payload) -> tuple[Tensor, Tensor]:
+    """(parameters, buffers)."""
+    return codec.decode(payload[4 * fragment.buffered :], fragment.parametric), _decode_buffers(fragment, payload)
+
+
+def _decode_buffers(fragment: Fragment, payload: Payload) -> Tensor:
+    return FP32.decode(payload[: 4 * fragment.buffered], fragment.buffered)
 
 
 def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from tests.chaos.invariants import STRATEGIES, combinations, play
 from tests.chaos.test_schedules import test_killed_and_resumed_equals_uninterrupted as resumed
 from tests.chaos.test_schedules import thetas
 from tests.golden.test_trajectories import test_a_trajectory_is_as_it_was as golden
+from tests.unit.sync.test_arithmetic import delayed_run
 from tests.world import Schedule, make_world
 
 COMBINATIONS = dict(combinations())
@@ -58,6 +59,10 @@ def stops() -> None:
         world = make_world(STRATEGIES["ma-async-ring"], seed, Schedule(late_s=4.0, stop_at=3.0), regions=5)
         world.segment(40 * world.rounds_per_epoch)
         assert len({node.server.machine.at.round for node in world.there()}) == 1
+
+
+def delays() -> None:
+    delayed_run(1, [2, 5, 3], 5)
 
 
 MUTATIONS = [
@@ -182,6 +187,8 @@ MUTATIONS = [
         "pass",
         schedules("diloco-econtrol"),
     ),
+    Mutation("what is under way is contributed again", MergeReplica, "produce", "delta.sub_(moved)", "pass", delays),
+    Mutation("a delayed round begins from theta alone", MergeReplica, "_begin", "self._ahead(number)", "[]", delays),
 ]
 
 

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from geotrain.cli import app
 from geotrain.errors import JobError
 from geotrain.job import JobSpec, MetricGoal, parse_job
+from geotrain.simulate.body import Trained
 from geotrain.simulate.simulate import many, parse_goal, simulate, sweeps
 from tests.chaos.invariants import CODECS, STRATEGIES, combinations
 from tests.making import job_tree, points_job
@@ -101,6 +102,38 @@ def test_a_region_that_is_lost_leaves_and_one_that_returns_heals() -> None:
     assert not gone.stuck
     assert gone.rounds == whole.rounds
     assert gone.regions["r1"]["samples"] < whole.regions["r1"]["samples"]
+
+
+def test_a_region_that_returns_goes_on_with_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("north", "south", "west")
+    last: dict[str, tuple[int, bool]] = {}
+    close = Trained.close
+    monkeypatch.setattr(Trained, "close", lambda body: (last.update({body.trainer.region: at_end(body)}), close(body))[-1])
+
+    def at_end(body: Trained) -> tuple[int, bool]:
+        rows = body.trainer.rows
+        return rows.epoch, rows.book(rows.epoch).spent
+
+    outage = {"region": "south", "from_s": 3.15, "to_s": 3.4}
+    job = points_job(
+        tmp_path,
+        names,
+        links={"mbit_per_s": 80, "rtt_ms": 20},
+        train={"batch_size": 10, "epochs": 3},
+        sync={"strategy": "ma", "every": 5},
+        simulate={"samples_per_s": 100, "step_spread": 0, "outages": [outage], "detect_s": 0.1},
+    )
+    outcome = simulate(job, real=True)
+    assert not outcome.stuck
+    assert last == dict.fromkeys(names, (2, True))
+    assert {region["steps"] for name, region in outcome.regions.items() if name != "south"} == {60}
+
+
+def test_rows_of_tables_are_wanted_of_a_model_without_tables(tmp_path: Path) -> None:
+    job = points_job(tmp_path, sync={"strategy": "ma", "every": 4, "sparse_embeddings": True})
+    for real in (False, True):
+        with pytest.raises(JobError, match="no nn.Embedding"):
+            simulate(job, real=real)
 
 
 def test_a_trace_slows_what_falls_into_it(tmp_path: Path) -> None:

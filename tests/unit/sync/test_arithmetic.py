@@ -151,9 +151,7 @@ def test_momentum_correction_conserves_the_velocity(seed: int, rounds: int, mome
         x = noise(seed + round, 400)
         velocity = momentum * velocity + x
         velocities += velocity
-        size = feedback.wire_bytes(400)
         payload = feedback.encode(x.clone())
-        assert payload.numel() == size
         sent = TopK(0.01).decode(payload, 400)
         decoded += sent
         velocity[sent != 0] = 0
@@ -318,6 +316,52 @@ def test_buffers_are_averaged_and_never_see_momentum() -> None:
             replica.local[9:] = float(round + i)
         merge_round(group, [1, 1])
         assert torch.allclose(group[0].local[9:], torch.full((3,), round + 0.5))
+
+
+@pytest.mark.parametrize("name", ["e3m0", "sparseloco", "topk"])
+def test_buffers_are_exact_whatever_the_codec(name: str) -> None:
+    group = replicas(Merging(every=1), n=2, buffers=3, codec=codec_of(name))
+    for round in range(3):
+        for i, replica in enumerate(group):
+            replica.local[:9] += 100.0 * noise(round + 7 * i, 9)
+            replica.local[9:] = torch.tensor([1e-4, 1.0, 5000.0]) * (round + i + 1)
+        merge_round(group, [1, 1])
+        assert torch.allclose(group[0].local[9:], torch.tensor([1e-4, 1.0, 5000.0]) * (round + 1.5), rtol=1e-3)
+
+
+def delayed_run(seed: int, samples: list[int], rounds: int) -> None:
+    """Each round's merge is applied after the contribution to the next: every move counts once, in theta and in each region."""
+    group, start = replicas(Merging(every=1, tau=None), n=len(samples)), noise(0, 12)
+    moved, here = start.clone(), [start.clone() for _ in samples]
+    waiting: list[tuple[Update, Tensor]] = []
+    for round in range(rounds):
+        contributions = []
+        for i, (replica, n) in enumerate(zip(group, samples, strict=True)):
+            step = noise(seed + 10 * round + i, 12)
+            replica.local += step
+            here[i] += step
+            moved += step * n / sum(samples)
+            update = Update(Kind.CONTRIBUTION, 0, str(i), round, 0, n)
+            contributions.append((update, replica.produce(update)))
+        merged = Update(Kind.MERGED, 0, "0", round, 0)
+        waiting.append((merged, group[0].merge(merged, contributions)[0]))
+        if round:
+            assert all(torch.allclose(replica.local, own, atol=1e-4) for replica, own in zip(group, here, strict=True)), round
+            before, (older, payload) = group[0].theta.clone(), waiting.pop(0)
+            for i, replica in enumerate(group):
+                local = replica.local.clone()
+                replica.apply(older, payload, 1.0)
+                here[i] += replica.local - local
+            assert not torch.equal(before, group[0].theta)
+    for replica in group:
+        replica.apply(*waiting[0], 1.0)
+        assert torch.allclose(replica.theta, moved, atol=1e-4)
+        assert torch.equal(replica.local, replica.theta)
+
+
+@given(SEEDS, st.lists(st.integers(1, 9), min_size=2, max_size=4), st.integers(2, 6))
+def test_a_delayed_merge_counts_every_move_once(seed: int, samples: list[int], rounds: int) -> None:
+    delayed_run(seed, samples, rounds)
 
 
 @given(SEEDS, st.integers(2, 4))
