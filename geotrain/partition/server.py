@@ -196,6 +196,7 @@ class ParameterServer:
             case Produce(update):
                 self._add_up_losses()
                 self._payloads[update.key] = self.replica.produce(update)
+                self._changed |= self.replica.produce_moves
                 if update.kind is Kind.PUSH:
                     spent.append(update)
             case Merge(update, contributions):

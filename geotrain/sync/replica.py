@@ -8,7 +8,7 @@ which would spoil the scale that they share with others. The wire form is comput
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol, assert_never
+from typing import ClassVar, Protocol, assert_never
 
 import torch
 from torch import Tensor
@@ -20,6 +20,11 @@ from geotrain.sync.merge import Merged, Part, cosine, merge, outer_step
 from geotrain.sync.messages import Kind, Update
 from geotrain.sync.strategy import Merging, Pushing, Strategy
 
+AHEAD = 0.5
+"""How much of its own contribution under way a region goes ahead with [ours]. 0 is CO2 (arXiv 2401.16265), 1 delayed averaging (DaSGD,
+arXiv 2006.00441), 1 / R eager updates (arXiv 2502.12996). If a round pulls what it begins from a share c of the way to where it leads, the
+mean of the regions follows z^2 - (1 - AHEAD c) z + (1 - AHEAD) c = 0 and their differences z = -AHEAD c: stable for c < 1 with 0 or 1,
+for c < 2 with 0.5, as gradient descent itself. Buffers, averages with c < 1, go ahead entirely: then their mean never overshoots."""
 Payload = Tensor
 """[wire_bytes] uint8 on the CPU."""
 
@@ -29,6 +34,10 @@ class Replica(Protocol):
 
     local: Tensor
     """The flat parameters and buffers that inner steps change, on any device."""
+
+    @property
+    def produce_moves(self) -> bool:
+        """Whether producing a contribution changes `local`."""
 
     def produce(self, update: Update) -> Payload:
         """This region's payload: of its round, or its whole replica."""
@@ -75,9 +84,8 @@ def _parts(parts: Sequence[tuple[Update, Payload]], decode: Callable[[Payload], 
 class MergeReplica:
     """theta, which all regions agree on, beside the local parameters; contributes pseudo-gradients, what local moved away from theta.
 
-    One round delayed, a region begins a round from theta - lr * (its own contribution under way), as in delayed averaging (DaSGD,
-    arXiv 2006.00441), and contributes what it moved from there. From theta alone, as in CO2, every second round would begin without
-    what the one before did: for H steps that get a good part of the way, an oscillation [ours: docs/decisions.md].
+    One round delayed, a region begins a round from theta - AHEAD * lr * (its own contribution under way), and contributes what it
+    moved from there.
     """
 
     local: Tensor
@@ -107,6 +115,10 @@ class MergeReplica:
         self.up = [self.coding.up() for _ in self.fragments]
         self.down = [self.coding.down() for _ in self.fragments]
 
+    @property
+    def produce_moves(self) -> bool:
+        return self.strategy.tau is None
+
     def _forget(self) -> None:
         """What codecs had kept back is void."""
         for way in (*self.up, *self.down):
@@ -123,7 +135,7 @@ class MergeReplica:
             delta.sub_(moved)
         payload = _encode(way, fragment, delta)
         steps, buffers = _decode(way.codec, fragment, payload)
-        self.ahead[update.round, update.fragment] = torch.cat([steps * self.strategy.outer.lr, buffers])
+        self.ahead[update.round, update.fragment] = torch.cat([steps * (AHEAD * self.strategy.outer.lr), buffers])
         self._begin(update.fragment)
         return payload
 
@@ -275,6 +287,10 @@ class DeltaReplica:
         self.anchor = self.local.detach()[: self.parameters].clone()
         self.feedback = self.coding.up()
 
+    @property
+    def produce_moves(self) -> bool:
+        return isinstance(self.feedback, MomentumCorrection)
+
     def produce(self, update: Update) -> Payload:
         if update.kind is Kind.REPLICA:
             return encode_whole(self.local)
@@ -282,7 +298,7 @@ class DeltaReplica:
         with torch.no_grad():
             delta = self.local[:n] - self.anchor
             self.anchor.copy_(self.local[:n])
-        own = delta.clone() if isinstance(self.feedback, MomentumCorrection) else None
+        own = delta.clone() if self.produce_moves else None
         sums = self.feedback.encode(delta.cpu())
         if own is not None:
             self._move_as_sent(own, sums)
@@ -338,6 +354,7 @@ class MixReplica:
 
     local: Tensor
     coding: Coding
+    produce_moves: ClassVar[bool] = False
 
     def produce(self, update: Update) -> Payload:
         return encode_whole(self.local) if update.kind is Kind.REPLICA else self.coding.codec.encode(self.local.detach().cpu())

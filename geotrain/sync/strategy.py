@@ -74,8 +74,8 @@ class Merging:
     """Agree on a round's contributions; merge pseudo-gradients by samples; all take one outer step.
 
     Blocking: MA (arXiv 2303.05330), DiLoCo (arXiv 2311.08105). Streaming (arXiv 2501.18512): `turns` fragments, each at its own turn,
-    applied `tau` inner steps later and mixed as alpha * local + (1 - alpha) * agreed. One round delayed (CO2, arXiv 2401.16265, and
-    DaSGD, arXiv 2006.00441): `tau` None, the merge of a round is applied after the contribution to the next.
+    applied `tau` inner steps later and mixed as alpha * local + (1 - alpha) * agreed. One round delayed (after CO2, arXiv 2401.16265):
+    `tau` None, the merge of a round is applied after the contribution to the next.
     """
 
     every: int

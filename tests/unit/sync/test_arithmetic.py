@@ -1,6 +1,7 @@
 """Laws of codecs, merges, outer steps and replicas."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from geotrain.sync.feedback import Coding, ErrorControl, ErrorFeedback, Momentum
 from geotrain.sync.fragments import make_fragments
 from geotrain.sync.merge import Part, merge, outer_step
 from geotrain.sync.messages import Kind, Update
-from geotrain.sync.replica import DeltaReplica, MergeReplica, MixReplica
+from geotrain.sync.replica import AHEAD, DeltaReplica, MergeReplica, MixReplica
 from geotrain.sync.sparse import TopK, TouchedRows
 from geotrain.sync.strategy import Merging, Outer, Rule, discount
 
@@ -329,34 +330,64 @@ def test_buffers_are_exact_whatever_the_codec(name: str) -> None:
         assert torch.allclose(group[0].local[9:], torch.tensor([1e-4, 1.0, 5000.0]) * (round + 1.5), rtol=1e-3)
 
 
-def delayed_run(seed: int, samples: list[int], rounds: int) -> None:
-    """Each round's merge is applied after the contribution to the next: every move counts once, in theta and in each region."""
-    group, start = replicas(Merging(every=1, tau=None), n=len(samples)), noise(0, 12)
-    moved, here = start.clone(), [start.clone() for _ in samples]
+Inner = Callable[[int, int, Tensor], Tensor]
+"""(region, round, where it begins) -> what it moves by"""
+
+
+def delayed(group: list[MergeReplica], samples: list[int], rounds: int, inner: Inner) -> list[list[Tensor]]:
+    """Rounds of which each merge is applied after the contribution to the next. Returns what each region moved by in each round."""
+    moved: list[list[Tensor]] = []
     waiting: list[tuple[Update, Tensor]] = []
     for round in range(rounds):
-        contributions = []
+        contributions, moves = [], []
         for i, (replica, n) in enumerate(zip(group, samples, strict=True)):
-            step = noise(seed + 10 * round + i, 12)
-            replica.local += step
-            here[i] += step
-            moved += step * n / sum(samples)
+            moves.append(inner(i, round, replica.local))
+            replica.local += moves[-1]
             update = Update(Kind.CONTRIBUTION, 0, str(i), round, 0, n)
             contributions.append((update, replica.produce(update)))
         merged = Update(Kind.MERGED, 0, "0", round, 0)
         waiting.append((merged, group[0].merge(merged, contributions)[0]))
         if round:
-            assert all(torch.allclose(replica.local, own, atol=1e-4) for replica, own in zip(group, here, strict=True)), round
-            before, (older, payload) = group[0].theta.clone(), waiting.pop(0)
-            for i, replica in enumerate(group):
-                local = replica.local.clone()
+            older, payload = waiting.pop(0)
+            for replica, move in zip(group, moves, strict=True):
                 replica.apply(older, payload, 1.0)
-                here[i] += replica.local - local
-            assert not torch.equal(before, group[0].theta)
+                n = replica.parameters
+                assert torch.allclose(replica.local[:n], replica.theta[:n] + AHEAD * move[:n], atol=1e-4)
+                assert torch.allclose(replica.local[n:], replica.theta[n:] + move[n:], atol=1e-4)
+        moved.append(moves)
     for replica in group:
         replica.apply(*waiting[0], 1.0)
-        assert torch.allclose(replica.theta, moved, atol=1e-4)
         assert torch.equal(replica.local, replica.theta)
+    return moved
+
+
+def delayed_run(seed: int, samples: list[int], rounds: int) -> None:
+    group = replicas(Merging(every=1, tau=None), n=len(samples))
+    moved = delayed(group, samples, rounds, lambda i, round, local: noise(seed + 10 * round + i, 12))
+    mean = [sum(n * move for n, move in zip(samples, moves, strict=True)) / sum(samples) for moves in moved]
+    for replica in group:
+        assert torch.allclose(replica.theta, noise(0, 12) + sum(mean), atol=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9, 1.5, 1.8])
+def test_delayed_merges_are_stable_where_gradient_descent_is(share: float) -> None:
+    """Rounds that pull each region a share of the way to where its own data leads, or past it."""
+    group = replicas(Merging(every=1, tau=None), buffers=0)
+    goals = [noise(100 + i, 12) for i in range(3)]
+    delayed(group, [1, 1, 1], 150, lambda i, round, local: share * (goals[i] - local))
+    assert torch.allclose(group[0].theta, sum(goals) / 3, atol=1e-2)
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_a_replica_says_whether_producing_moves_it(moves: bool) -> None:
+    """The other workers of the region then take the leader's parameters."""
+    merging = MergeReplica(noise(0, 12), 12, Coding(codec_of("int4")), Merging(every=1, tau=None if moves else 0))
+    pushing = DeltaReplica(noise(0, 12), 12, Coding(TopK(0.2), "dgc" if moves else "ef"), 2)
+    for replica, kind in ((merging, Kind.CONTRIBUTION), (pushing, Kind.PUSH)):
+        replica.local += noise(1, 12)
+        before = replica.local.clone()
+        replica.produce(Update(kind, 0, "a", 0))
+        assert replica.produce_moves == moves == (not torch.equal(replica.local, before))
 
 
 @given(SEEDS, st.lists(st.integers(1, 9), min_size=2, max_size=4), st.integers(2, 6))
