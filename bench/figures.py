@@ -48,7 +48,7 @@ def figures() -> str:
         "its columns are about time and bytes, and its held-out metrics say nothing yet (docs/strategies.md, BatchNorm).",
         "Pushes (`asgd`, `asgd_ga`, asynchronous `ma`) were measured with `max_staleness: 8`, not with the default of 2.",
     ]
-    return "\n".join([*lines, *predictions(newest("prediction")), *core(newest("core"))]) + "\n"
+    return "\n".join([*lines, *predictions(newest("prediction")), *core(newest("core")), *scale(newest("scale"))]) + "\n"
 
 
 def predictions(found: dict[str, Any]) -> list[str]:
@@ -72,8 +72,16 @@ def core(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def range_of(spread: dict[str, float]) -> str:
-    return f"{spread['median']:.2f} ({spread['least']:.2f} to {spread['most']:.2f})"
+def scale(found: dict[str, Any]) -> list[str]:
+    """How large a WAN the simulator takes."""
+    lines = ["", "| simulated without numbers, one core | seconds | MB |", "|---|---|---|"]
+    for name, case in found["results"].items():
+        lines.append(f"| {name} | {range_of(case['seconds'], 1)} | {case['megabytes']} |")
+    return lines
+
+
+def range_of(spread: dict[str, float], digits: int = 2) -> str:
+    return f"{spread['median']:.{digits}f} ({spread['least']:.{digits}f} to {spread['most']:.{digits}f})"
 
 
 def main() -> None:

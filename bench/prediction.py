@@ -56,11 +56,11 @@ CASES: dict[str, dict[str, Any]] = {
         "rounds": 6,
         "sync": {**MA, "topology": "owners"},
     },
-    "3 regions, 500 Mbit/s, one round delayed, 20 MB": {
+    "3 regions, 500 Mbit/s, one round delayed, 8 MB": {
         "regions": 3,
         "mbit": 500,
-        "mb": 20,
-        "rounds": 12,
+        "mb": 8,
+        "rounds": 16,
         "sync": {**MA, "strategy": "delayed"},
     },
 }

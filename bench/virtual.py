@@ -1,6 +1,7 @@
 """Jobs on a virtual clock with real numbers, for convergence and reproduction: the training is real, the clock and the WAN are not."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from bench.measure import make_data
@@ -33,10 +34,22 @@ TEXT = Work("geotrain.examples.text:Text", "text", "loss", 8_000, 16, 100, 4000,
 CLICKS = Work("geotrain.examples.clicks:Clicks", "clicks", "log_loss", 160_000, 64, 40_000, 40_000)
 
 
-def job_of(work: Work, regions: int, sync: dict[str, Any], *, lr: float = 1.0, **more: Any) -> JobSpec:
-    """The work spread over regions. `lr`: a factor on the task's learning rate."""
+def job_of(
+    work: Work,
+    regions: int,
+    sync: dict[str, Any],
+    *,
+    lr: float = 1.0,
+    assumed: bool = False,
+    simulate: dict[str, Any] | None = None,
+    **more: Any,
+) -> JobSpec:
+    """The work spread over regions. `lr`: a factor on the task's learning rate. `assumed`: without data, `rows` in each region."""
     names = NAMES[:regions]
-    folder = make_data(work.example, ",".join(names), rows=work.rows, skew=work.skew)
+    if assumed:
+        folder, simulate = Path("/nowhere"), {**(simulate or {}), "rows": work.rows}
+    else:
+        folder = make_data(work.example, ",".join(names), rows=work.rows, skew=work.skew)
     args = {**work.args, **({"lr": work.args["lr"] * lr} if "lr" in work.args and lr != 1 else {})}
     tree = {
         "name": work.example,
@@ -54,6 +67,7 @@ def job_of(work: Work, regions: int, sync: dict[str, Any], *, lr: float = 1.0, *
         "train": {"batch_size": work.batch_size, "samples": work.samples, "seed": 1},
         "sync": sync,
         "schedule": {"segment_rounds": 1_000_000},
+        **({"simulate": simulate} if simulate else {}),
         **more,
     }
     return parse_job(tree)
