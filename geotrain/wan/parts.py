@@ -1,0 +1,362 @@
+"""Updates in parts: what makes a transfer resumable, on both ends, without a network. Pure state machines; callers hold a lock.
+
+A sender numbers its updates to one peer and cuts each into parts that travel on their own, several at a time. The receiver puts
+them together in memory that it takes once, whatever the order and however often they come, and hands updates over in the order of
+their numbers, each once. A transfer that was cut goes on with the parts that are missing.
+"""
+
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from geotrain.sync.messages import Update
+from geotrain.wan.transport import Delivery, header_of, update_of
+
+Bytes = NDArray[np.uint8]
+AHEAD = 256
+"""Updates that a sender may be ahead of the first that is not whole; more is no honest sender's."""
+REMEMBERED = 4096
+"""Keys of delivered updates that are remembered, per origin, to know a copy that a sender's next life sends."""
+PART_BYTES = 2**19
+PER_CONNECTION = 6 * PART_BYTES
+"""Bytes under way on one connection: less than the kernel's default send buffer of 4 MB holds."""
+MOST_CONNECTIONS = 8
+K = 4.0
+"""A part is missing when its answer is so many times later than expected [ours]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Bytes [offset, offset + length) of an update of `size` bytes."""
+
+    life: int
+    """Of the sender, later lives having higher numbers: what an earlier one began is void."""
+    number: int
+    """Of the update, counted by the sender for this peer."""
+    base: int
+    """Every update with a lower number is acknowledged."""
+    update: Update
+    size: int
+    offset: int
+    length: int
+    crc: int
+    """CRC-32 of the part."""
+
+    def header(self) -> dict[str, Any]:
+        names = ("life", "number", "base", "size", "offset", "length", "crc")
+        return {"update": header_of(self.update)} | {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def of(cls, header: dict[str, Any]) -> "Part":
+        """Raises ValueError when a field is absent, of another type, or fits no part."""
+        names = ("life", "number", "base", "size", "offset", "length", "crc")
+        values = {name: header.get(name) for name in names}
+        for name, value in values.items():
+            if type(value) is not int or not 0 <= value < 2**63:
+                raise ValueError(f"part field {name} is {value!r}")
+        if not isinstance(inner := header.get("update"), dict):
+            raise ValueError(f"part field update is {inner!r}")
+        part = cls(update=update_of(inner), **values)  # type: ignore[arg-type]
+        if part.base > part.number or part.offset + part.length > part.size or part.length > PART_BYTES:
+            raise ValueError(f"part {part.offset}+{part.length} of {part.size} bytes, update {part.number}, base {part.base}")
+        if not part.length and part.size:
+            raise ValueError("an empty part of an update that is not empty")
+        return part
+
+
+Answer = Literal["taken", "have", "later"]
+"""What a receiver says to a part: it is in; it was in; there is no room now, try again."""
+
+
+@dataclass(slots=True)
+class _Assembly:
+    update: Update
+    memory: Bytes
+    filled: dict[int, int] = field(default_factory=dict)
+    """Offset -> length of the parts that are in."""
+    bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Origin:
+    life: int
+    next: int
+    """The number of the next update to hand over."""
+    assemblies: dict[int, _Assembly] = field(default_factory=dict)
+    whole: dict[int, Delivery] = field(default_factory=dict)
+
+
+class Assembler:
+    """The receiving end. `largest`: bytes of an update; `room`: bytes of memory for all that is not taken yet."""
+
+    def __init__(self, largest: int, room: int, deliver: Callable[[Delivery], None]) -> None:
+        self.largest, self.room, self.deliver = largest, max(room, largest), deliver
+        self.life = time.time_ns()
+        """Said with every answer: a later one has nothing of what was begun in this."""
+        self.held = 0
+        """Bytes of assemblies, and of updates that are whole and not taken."""
+        self._origins: dict[str, _Origin] = {}
+        self._known: dict[str, deque[tuple[Any, ...]]] = {}
+
+    def begin(self, part: Part) -> Bytes | Answer:
+        """The memory to fill, or the answer where nothing is to be filled. Raises ValueError for what no honest sender sends."""
+        if part.size > self.largest:
+            raise ValueError(f"announces {part.size} bytes, this model sends at most {self.largest}")
+        origin = self._origin(part)
+        if part.number >= origin.next + AHEAD:
+            raise ValueError(f"update {part.number}, {origin.next} is next")
+        if part.number < origin.next or part.number in origin.whole:
+            return "have"
+        assembly = origin.assemblies.get(part.number)
+        if assembly is None:
+            if self.held and self.held + part.size > self.room and part.number != origin.next:
+                return "later"
+            assembly = origin.assemblies[part.number] = _Assembly(part.update, np.empty(part.size, dtype=np.uint8))
+            self.held += part.size
+        if assembly.update != part.update or assembly.memory.size != part.size:
+            raise ValueError(f"update {part.number} is another than its earlier parts said")
+        if part.offset in assembly.filled:
+            return "have"
+        return assembly.memory[part.offset : part.offset + part.length]
+
+    def _origin(self, part: Part) -> _Origin:
+        name = part.update.origin
+        origin = self._origins.get(name)
+        if origin is None or part.life > origin.life:
+            if origin is not None:
+                self._drop(origin)
+            origin = self._origins[name] = _Origin(part.life, part.base)
+        if part.life < origin.life:
+            raise ValueError(f"from an earlier life of {name}")
+        return origin
+
+    def _drop(self, origin: _Origin) -> None:
+        self.held -= sum(assembly.memory.size for assembly in origin.assemblies.values())
+        self.held -= sum(delivery.payload.numel() for delivery in origin.whole.values())
+
+    def fill(self, part: Part) -> Answer:
+        """The part's bytes are in the memory that `begin` gave; hand over what is whole, in order. Another thread may have been faster."""
+        origin = self._origins[part.update.origin]
+        assembly = origin.assemblies.get(part.number) if origin.life == part.life else None
+        if assembly is None or part.offset in assembly.filled:
+            return "have"
+        assembly.filled[part.offset] = part.length
+        assembly.bytes += part.length
+        if assembly.bytes == assembly.memory.size:
+            del origin.assemblies[part.number]
+            origin.whole[part.number] = Delivery(assembly.update, torch.from_numpy(assembly.memory))
+            self._hand_over(part.update.origin, origin)
+        return "taken"
+
+    def _hand_over(self, name: str, origin: _Origin) -> None:
+        known = self._known.setdefault(name, deque(maxlen=REMEMBERED))
+        while (delivery := origin.whole.pop(origin.next, None)) is not None:
+            origin.next += 1
+            if delivery.update.key in known:
+                self.held -= delivery.payload.numel()
+                continue
+            known.append(delivery.update.key)
+            self.deliver(delivery)
+
+    def took(self, delivery: Delivery) -> None:
+        """A delivery was taken out of the inbox."""
+        self.held -= delivery.payload.numel()
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """An update on its way to one peer."""
+
+    number: int
+    update: Update
+    payload: Bytes
+    since: float
+    """When it was handed over."""
+    fresh: int = 0
+    """Bytes before it were sent at least once."""
+    again: deque[tuple[int, int]] = field(default_factory=deque)
+    """(offset, length) of parts to be sent once more, as they were cut."""
+    acknowledged: int = 0
+    """Bytes."""
+    begun: bool = False
+
+    @property
+    def whole(self) -> bool:
+        return self.begun and self.acknowledged == self.payload.size and not self.again
+
+    def cut(self) -> tuple[int, int] | None:
+        """(offset, length) of the next part; None when all are under way."""
+        if self.again:
+            return self.again.popleft()
+        if self.begun and self.fresh == self.payload.size:
+            return None
+        offset, self.begun = self.fresh, True
+        self.fresh = min(offset + PART_BYTES, self.payload.size)
+        return offset, self.fresh - offset
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A part under way."""
+
+    outgoing: Outgoing
+    part: Part
+    receiver: int | None
+    """The receiver's life, as known when it was sent."""
+
+    @property
+    def data(self) -> Bytes:
+        return self.outgoing.payload[self.part.offset : self.part.offset + self.part.length]
+
+
+class Outbox:
+    """The sending end, for one peer: which part goes next, and what is acknowledged."""
+
+    def __init__(self, life: int) -> None:
+        self.life = life
+        self.receiver: int | None = None
+        """The life of the receiver that acknowledged so far."""
+        self._updates: deque[Outgoing] = deque()
+        self._numbered = 0
+
+    def put(self, update: Update, payload: Tensor, now: float) -> None:
+        self._updates.append(Outgoing(self._numbered, update, payload.numpy(), now))
+        self._numbered += 1
+
+    @property
+    def pending(self) -> int:
+        """Updates that are not acknowledged."""
+        return len(self._updates)
+
+    @property
+    def pending_bytes(self) -> int:
+        return sum(outgoing.payload.size for outgoing in self._updates)
+
+    def next(self) -> Sent | None:
+        """The next part to send; None when nothing is left or the peer is too far behind."""
+        base = self._updates[0].number if self._updates else 0
+        for outgoing in self._updates:
+            if outgoing.number >= base + AHEAD:
+                return None
+            if (found := outgoing.cut()) is not None:
+                offset, length = found
+                crc = zlib.crc32(outgoing.payload[offset : offset + length].data)
+                part = Part(self.life, outgoing.number, base, outgoing.update, outgoing.payload.size, offset, length, crc)
+                return Sent(outgoing, part, self.receiver)
+        return None
+
+    def failed(self, sent: Sent) -> None:
+        """Not answered, or there was no room: it goes again, as it was cut."""
+        if sent.receiver == self.receiver:
+            sent.outgoing.again.append((sent.part.offset, sent.part.length))
+
+    def answered(self, sent: Sent, receiver: int) -> list[Outgoing]:
+        """A part is in, says that life of the receiver. Returns the updates that are acknowledged now, in order.
+
+        A receiver in a new life has nothing of what is not whole yet: all of that goes again.
+        """
+        if self.receiver is None:
+            self.receiver = receiver
+        if receiver != self.receiver:
+            self.receiver = receiver
+            for outgoing in self._updates:
+                outgoing.fresh, outgoing.acknowledged, outgoing.begun = 0, 0, False
+                outgoing.again.clear()
+            return []
+        if sent.receiver not in (None, receiver):
+            return []
+        sent.outgoing.acknowledged += sent.part.length
+        done = []
+        while self._updates and self._updates[0].whole:
+            done.append(self._updates.popleft())
+        return done
+
+
+@dataclass(slots=True)
+class Pace:
+    """What a link is like, as its sender sees it, and what follows: how many connections, and how long to be patient."""
+
+    rtt_s: float
+    """Of a small message."""
+    bytes_per_s: float
+    """Goodput: what was acknowledged while there was something to send."""
+    measured: bool = False
+    """Else both are the plan's."""
+    completion_s: float = 0.0
+    """Smoothed time from sending a part to its answer, and its mean deviation."""
+    deviation_s: float = 0.0
+    connections: int = 0
+    _by: dict[int, tuple[int, float]] = field(default_factory=dict)
+    """Connections -> (measurements with so many, the best goodput)."""
+    _since: float | None = None
+    _bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.connections = self.connections or self._filling()
+
+    def _filling(self) -> int:
+        """Connections whose buffers hold what fills the pipe."""
+        return min(ceil(max(1.0, self.bytes_per_s * self.rtt_s / PER_CONNECTION)), MOST_CONNECTIONS)
+
+    @property
+    def parts(self) -> int:
+        """To have under way."""
+        return self.connections * PER_CONNECTION // PART_BYTES
+
+    def pinged(self, seconds: float, *, alone: bool) -> None:
+        """A small message's round trip. Measured among parts it has their queue in it: that may lower the estimate, and hardly raise it."""
+        if not self.measured or seconds < self.rtt_s:
+            self.rtt_s = seconds
+        else:
+            self.rtt_s += (0.5 if alone else 0.01) * (seconds - self.rtt_s)
+
+    def answered(self, seconds: float, length: int, now: float) -> None:
+        """A part of so many bytes was answered so long after it was sent."""
+        if not self.completion_s:
+            self.completion_s, self.deviation_s = seconds, seconds / 2
+        self.deviation_s += 0.25 * (abs(seconds - self.completion_s) - self.deviation_s)  # as RFC 6298 smooths round trips
+        self.completion_s += 0.125 * (seconds - self.completion_s)
+        if self._since is None:
+            self._since, self._bytes = now - seconds, 0
+        self._bytes += length
+        spent = now - self._since
+        if spent > 2 * self.completion_s and self._bytes >= self.parts * PART_BYTES:
+            self._measure(self._bytes / spent)
+            self._since, self._bytes = now, 0
+
+    def _measure(self, rate: float) -> None:
+        """One more connection while what one holds is what limits, or as long as the last one brought a tenth more.
+
+        A number of connections is judged by the better of two measurements: the first has their slow start in it. What was found
+        is forgotten when the link changes.
+        """
+        if self.measured and not 0.5 < rate / self.bytes_per_s < 2:
+            self._by.clear()
+        self.bytes_per_s = rate if not self.measured else self.bytes_per_s + 0.3 * (rate - self.bytes_per_s)
+        self.measured = True
+        n = self.connections
+        count, best = self._by.get(n, (0, 0.0))
+        self._by[n] = count, best = count + 1, max(rate, best)
+        if n < MOST_CONNECTIONS and rate * self.rtt_s > 0.7 * n * PER_CONNECTION:
+            self.connections = n + 1
+        elif count >= 2 and n - 1 in self._by and best < 1.1 * self._by[n - 1][1]:
+            self.connections = n - 1
+        elif count >= 2 and n + 1 not in self._by and n < MOST_CONNECTIONS:
+            self.connections = n + 1
+
+    def paused(self) -> None:
+        """Nothing is left to send: what comes next is measured from its own begin."""
+        self._since = None
+
+    def patience_s(self, parts: int) -> float:
+        """How long a part may go unanswered with so many under way: K times what is to be expected, with its deviation."""
+        return K * max(self.rtt_s + parts * PART_BYTES / self.bytes_per_s, self.completion_s + self.deviation_s)
