@@ -104,9 +104,9 @@ def document(results: dict[str, Any]) -> str:
         "rows of each kind in one region only (skew 0.5), 100 Mbit/s and 30 ms on a virtual clock; the training is real. One run each,",
         "one seed. More regions make fewer steps of as many more rows: that, and what is lost between them, is what the margin is for.",
         "Chosen by a few tries, for each task as a whole: H, the learning rate of pushes, and what sparseloco keeps. Outer learning rate",
-        "0.7 and momentum 0.3; for `delayed` and sparseloco 1 and 0. Deltas of `asgd_ga` add up, so a round that gets a good part of the",
-        "way is overshot by R such rounds at once: on text, with AdamW, pushing every 4 steps ended at a loss of 2.02 with half the learning",
-        "rate; sent by topk, whose feedback spreads them, they did not overshoot.",
+        "0.7 and momentum 0.3; for `delayed` and sparseloco 1 and 0. Deltas of `asgd_ga` add up, so a round that gets a good part of",
+        "the way is overshot by R such rounds at once: on text, with AdamW, pushing every 4 steps ended at a loss of 2.02 with half the",
+        "learning rate; sent by topk, whose feedback spreads them, they did not overshoot.",
         "",
     ]
     for name, rows in results.items():
@@ -115,8 +115,8 @@ def document(results: dict[str, Any]) -> str:
         lines += [
             f"## {name}: {trial.regions} regions, {rows['single site']['samples']:,} samples, H = {trial.every}; margin {trial.margin}",
             "",
-            f"Pushes take {trial.lr:g} of the learning rate, `asgd_ga` {trial.accumulate[1]:g} and pushes every {trial.accumulate[0]} steps (with "
-            f"topk: {trial.lr:g}, 4); sparseloco keeps {trial.keep:.3g} of the numbers.",
+            f"Pushes take {trial.lr:g} of the learning rate; `asgd_ga` pushes every {trial.accumulate[0]} steps at {trial.accumulate[1]:g} "
+            f"(with topk every 4 at {trial.lr:g}); sparseloco keeps {trial.keep:.3g} of the numbers.",
             "",
             f"| strategy | {work.metric} | against single site | virtual seconds | MB over the WAN |",
             "|---|---|---|---|---|",

@@ -254,6 +254,7 @@ class Run:
             shares=tuple(self.plan.shares.values()),
             bits=self.plan.bits.get(region),
             token=self._token,
+            life=time.time_ns(),
             give_up_s=self.plan.give_up_s,
             warm_start=self.warm_start.url if self.warm_start else None,
             restore=self.resumed.part(region) if self.resumed else None,

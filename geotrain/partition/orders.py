@@ -34,6 +34,8 @@ class SeatOrder:
     bits: Bits | None
     """With `codec: auto`: this region's choice."""
     token: str
+    life: int
+    """Higher than that of any seat that this region had in this run: by the control plane's clock alone."""
     give_up_s: float
     """How long a peer may be unreachable before that is an error."""
     warm_start: str | None = None

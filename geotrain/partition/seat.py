@@ -82,7 +82,14 @@ class Seat:
         listen = self.job.region(order.region).wan.listen
         try:
             endpoint = FlightTransport(
-                order.region, listen, self.peers, token=order.token, largest_payload=largest, give_up_s=order.give_up_s
+                order.region,
+                listen,
+                self.peers,
+                token=order.token,
+                largest_payload=largest,
+                life=order.life,
+                give_up_s=order.give_up_s,
+                expect=self._expected,
             )
         except (OSError, pa.ArrowException) as error:
             raise CannotListen(order.region, listen, str(error)) from error
@@ -90,6 +97,11 @@ class Seat:
         transport = self._shaped(endpoint)
         self.reporter.traffic = transport.traffic
         return transport
+
+    def _expected(self, to: str) -> tuple[float, float]:
+        """(round trip in seconds, bytes per second) of the link there, as the job or the plan says."""
+        line = self.job.link(self.order.region, to)
+        return line.rtt_ms / 1000, line.mbit_per_s * 1e6 / 8
 
     def _shaped(self, inner: Transport) -> Transport:
         shape = self.job.shape

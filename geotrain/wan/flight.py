@@ -1,8 +1,9 @@
 """Arrow Flight between leaders: gRPC underneath, raw buffers inside, no pickle.
 
-An update is one do_put: a JSON header in the descriptor, the payload as record batches of one binary column. The sizes that a header
-announces are checked against what this model can send before memory is taken; a CRC-32 covers the payload. An update that
-was not acknowledged is sent again; the receiver knows it by its key and takes it once.
+A part of an update (`wan/parts.py`) is one do_put: a JSON header in the descriptor, the bytes as one record batch of one binary value, a
+small answer. Several are under way at a time, on as many connections as fill the pipe. The size that a header announces is checked
+against what this model can send before memory is taken. A part that is not answered within its patience goes again on a new
+connection, once a small question to the peer was answered: so a cut link costs what was under way, and a healed one is noticed soon.
 """
 
 import hmac
@@ -11,41 +12,58 @@ import queue
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.flight as fl
-import torch
 from torch import Tensor
 
 from geotrain.errors import PeerUnreachable, UpdateRefused, WanError
 from geotrain.sync.messages import Update
-from geotrain.wan.transport import Delivery, LinkTraffic, header_of, update_of
+from geotrain.wan.parts import PART_BYTES, PER_CONNECTION, Answer, Assembler, Outbox, Pace, Part, Sent
+from geotrain.wan.transport import Delivery, LinkTraffic
 
-CHUNK_BYTES = 4 * 2**20
-SCHEMA = pa.schema([("chunk", pa.binary())])
-RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
-"""Pauses between attempts; the last one repeats."""
-FORGET_AFTER_ROUNDS = 1000
-CLOSE_S = 5.0
-"""How long closing waits for a call that a silent peer holds; gRPC ends the call by itself later."""
+SCHEMA = pa.schema([("part", pa.binary())])
+RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0)
+"""Pauses between questions to a peer that does not answer; the last one repeats."""
+ROOM = 4
+"""Updates of the largest size that a receiver holds before the training thread takes them."""
+ASK_EVERY_S = 5.0
+"""How often a busy lane measures its round trip."""
+QUESTIONS = -1
+"""The slot of a connection that carries no parts, so that a question waits behind none."""
+UNKNOWN = Pace(0.2, 1e6 / 8)
+"""A link of which no plan says anything: 1 Mbit/s, 200 ms."""
 
 
 class FlightTransport:
-    """One leader's endpoint: a Flight server for what comes, a thread and a connection per peer for what goes."""
+    """One leader's endpoint: a Flight server for what comes, a lane per peer for what goes."""
 
     def __init__(
-        self, region: str, listen: str, peers: Mapping[str, str], *, token: str, largest_payload: int, give_up_s: float = 120.0
+        self,
+        region: str,
+        listen: str,
+        peers: Mapping[str, str],
+        *,
+        token: str,
+        largest_payload: int,
+        life: int | None = None,
+        give_up_s: float = 120.0,
+        expect: Callable[[str], tuple[float, float]] | None = None,
     ) -> None:
         """`peers`: region -> host:port, looked up when a connection is opened, so it may be filled later.
 
-        `largest_payload`: bytes; a header that announces more is refused. `give_up_s`: how long a peer may be unreachable.
+        `largest_payload`: bytes; a header that announces more is refused. `life`: higher than that of any endpoint that this region had
+        before; None: by this machine's clock. `give_up_s`: how long a peer may answer nothing.
+        `expect`: region -> (round trip in seconds, bytes per second) of the link there, as planned; measured from the first parts on.
         """
         self.region, self.peers, self.token = region, peers, token
         self.traffic: dict[str, LinkTraffic] = {}
         self.give_up_s = give_up_s
+        self.life = time.time_ns() if life is None else life
+        self.expect = expect or (lambda to: (UNKNOWN.rtt_s, UNKNOWN.bytes_per_s))
         self.refused: list[str] = []
         self._inbox: queue.Queue[Delivery] = queue.Queue()
         self._server = _Server(f"grpc://{listen}", self, largest_payload)
@@ -66,17 +84,22 @@ class FlightTransport:
         for lane in list(self._lanes.values()):
             lane.check()
         try:
-            return self._inbox.get(block=timeout_s > 0, timeout=timeout_s or None)
+            delivery = self._inbox.get(block=timeout_s > 0, timeout=timeout_s or None)
         except queue.Empty:
             return None
+        self._server.took(delivery)
+        return delivery
 
     def drain(self, timeout_s: float) -> bool:
         until = time.monotonic() + timeout_s
         return all(lane.drain(max(0.0, until - time.monotonic())) for lane in list(self._lanes.values()))
 
     def close(self) -> None:
-        for lane in list(self._lanes.values()):
-            lane.close()
+        lanes = list(self._lanes.values())
+        for lane in lanes:
+            lane.stop()
+        for lane in lanes:
+            lane.join()
         self._server.shutdown()
 
 
@@ -85,53 +108,44 @@ class _Server(fl.FlightServerBase):
 
     def __init__(self, location: str, owner: FlightTransport, largest_payload: int) -> None:
         super().__init__(location)
-        self.owner, self.largest_payload = owner, largest_payload
+        self.owner = owner
         self._lock = threading.Lock()
-        self._seen: dict[tuple[str, int, str, int, int], int] = {}
+        self._assembler = Assembler(owner.life, largest_payload, ROOM * largest_payload, owner._inbox.put)
 
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         try:
-            update, size, crc = self._header(descriptor.command)
-        except (ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+            part = self._part(descriptor.command)
+            with self._lock:
+                memory = self._assembler.begin(part)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise fl.FlightUnauthorizedError(self._note(f"bad header: {error}")) from error
-        with self._lock:
-            seen = update.key in self._seen
-        if seen:
-            writer.write(b"again")
-            return
-        payload = np.empty(size, dtype=np.uint8)
-        filled = 0
-        for chunk in reader:
-            data = chunk.data.column(0)[0].as_buffer()
-            if filled + data.size > size:
-                raise fl.FlightServerError(self._note(f"more bytes than announced from {update.origin}"))
-            payload[filled : filled + data.size] = np.frombuffer(data, dtype=np.uint8)
-            filled += data.size
-        if filled != size or zlib.crc32(payload.data) != crc:
-            raise fl.FlightServerError(self._note(f"damaged payload from {update.origin}: {filled} of {size} bytes"))
-        self._take(update, payload)
-        writer.write(b"taken")
+        answer: Answer = memory if isinstance(memory, str) else self._fill(part, memory, reader)
+        writer.write(json.dumps({"answer": answer, "life": self._assembler.life}).encode())
 
-    def _header(self, command: bytes) -> tuple[Update, int, int]:
+    def _fill(self, part: Part, memory: Any, reader: Any) -> Answer:
+        chunk = next(iter(reader), None)
+        data = chunk.data.column(0)[0].as_buffer() if chunk is not None and chunk.data.num_rows == 1 else pa.py_buffer(b"")
+        if data.size != part.length or zlib.crc32(data) != part.crc:
+            raise fl.FlightServerError(self._note(f"damaged part from {part.update.origin}: {data.size} of {part.length} bytes"))
+        memory[:] = np.frombuffer(data, dtype=np.uint8)
+        with self._lock:
+            return self._assembler.fill(part)
+
+    def _part(self, command: bytes) -> Part:
         header = json.loads(command)
-        if not hmac.compare_digest(str(header["token"]), self.owner.token):
+        if not hmac.compare_digest(str(header["token"]).encode(), self.owner.token.encode()):
             raise ValueError("wrong run token")
         if header["to"] != self.owner.region:
             raise ValueError(f"addressed to {header['to']!r}, this is {self.owner.region}: two regions advertise one address")
-        size = header["bytes"]
-        if type(size) is not int or not 0 <= size <= self.largest_payload:
-            raise ValueError(f"announces {size!r} bytes, this model sends at most {self.largest_payload}")
-        return update_of(header), size, int(header["crc"])
+        return Part.of(header)
 
-    def _take(self, update: Update, payload: Any) -> None:
+    def do_action(self, context: Any, action: Any) -> list[bytes]:
+        """Asked whether anybody is there."""
+        return [b"here"]
+
+    def took(self, delivery: Delivery) -> None:
         with self._lock:
-            if update.key in self._seen:
-                return
-            self._seen[update.key] = update.round
-            if len(self._seen) % FORGET_AFTER_ROUNDS == 0:
-                oldest = update.round - FORGET_AFTER_ROUNDS
-                self._seen = {key: round for key, round in self._seen.items() if round >= oldest}
-            self.owner._inbox.put(Delivery(update, torch.from_numpy(payload)))
+            self._assembler.took(delivery)
 
     def _note(self, reason: str) -> str:
         with self._lock:
@@ -141,16 +155,30 @@ class _Server(fl.FlightServerBase):
 
 
 class _Lane:
-    """Everything that goes to one peer, in order, one update at a time."""
+    """Everything that goes to one peer. A thread per part under way; they share the outbox and its lock."""
 
     def __init__(self, owner: FlightTransport, to: str, traffic: LinkTraffic) -> None:
         self.owner, self.to, self.traffic = owner, to, traffic
-        self._queue: queue.Queue[tuple[Update, Tensor, float] | None] = queue.Queue()
-        self._client: fl.FlightClient | None = None
-        self._closed = threading.Event()
+        self.pace = Pace(*owner.expect(to))
+        self._outbox = Outbox(owner.life)
+        self._changed = threading.Condition()
         self._error: WanError | None = None
-        self._thread = threading.Thread(target=self._run, name=f"geotrain-to-{to}", daemon=True)
-        self._thread.start()
+        self._closed = False
+        self._under_way = 0
+        self._alive_at = time.monotonic()
+        """When the peer answered last, or when there was nothing to answer."""
+        self._clear = True
+        """No part has failed since the peer answered; else one thread asks whether it is there, and the others wait."""
+        self._asking = False
+        self._asked_at = 0.0
+        self._alone = True
+        """Nothing was under way when the question was asked."""
+        self._failures = 0
+        """Parts that found no patience since the last answer: the next ones find more."""
+        self._clients: dict[int, fl.FlightClient] = {}
+        self._threads: list[threading.Thread] = []
+
+    # What the transport's caller does.
 
     def check(self) -> None:
         if self._error:
@@ -158,88 +186,188 @@ class _Lane:
 
     def put(self, update: Update, payload: Tensor) -> None:
         self.check()
-        self._queue.put((update, payload, time.monotonic()))
+        with self._changed:
+            if not self._outbox.pending:
+                self._alive_at, self._alone = time.monotonic(), True
+            self._outbox.put(update, payload, time.monotonic())
+            self._staff()
+            self._changed.notify_all()
 
     def drain(self, timeout_s: float) -> bool:
-        until = time.monotonic() + timeout_s
-        with self._queue.all_tasks_done:
-            while self._queue.unfinished_tasks:
-                self.check()
-                left = until - time.monotonic()
-                if left <= 0:
-                    return False
-                self._queue.all_tasks_done.wait(min(left, 0.5))
-        return True
+        with self._changed:
+            done = self._changed.wait_for(lambda: self._error is not None or not self._outbox.pending, timeout_s)
+        self.check()
+        return done
 
-    def close(self) -> None:
-        self._closed.set()
-        self._queue.put(None)
-        if self._client is not None:
-            self._client.close()
-        self._thread.join(timeout=CLOSE_S)
+    def stop(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
-    def _run(self) -> None:
-        while (entry := self._queue.get()) is not None and not self._closed.is_set():
-            update, payload, since = entry
-            del entry
-            if not self._error:
-                self._deliver(update, payload)
-                self.traffic.seconds += time.monotonic() - since
-            self._queue.task_done()
+    def join(self) -> None:
+        for client in list(self._clients.values()):
+            client.close()
+        until = time.monotonic() + self.pace.patience_s(self.pace.parts)
+        for thread in self._threads:
+            thread.join(timeout=max(0.0, until - time.monotonic()))  # a call to a silent peer ends with its patience
 
-    def _deliver(self, update: Update, payload: Tensor) -> None:
-        """Send until acknowledged, or until the peer has been unreachable for too long."""
-        began, attempt = time.monotonic(), 0
-        buffer = payload.numpy()
-        header = {**header_of(update), "to": self.to, "token": self.owner.token, "bytes": buffer.nbytes, "crc": zlib.crc32(buffer.data)}
-        command = json.dumps(header).encode()
-        while not self._closed.is_set():
-            try:
-                self._put_once(command, buffer)
-            except fl.FlightUnauthorizedError as error:
-                self._error = UpdateRefused(self.to, _short(error))
-                return
-            except (pa.ArrowException, OSError, KeyError) as error:
-                self._drop_client()
-                if time.monotonic() - began > self.owner.give_up_s:
-                    address = self.owner.peers.get(self.to, "an unknown address")
-                    self._error = PeerUnreachable(self.owner.region, self.to, address, _short(error))
+    # What its threads do.
+
+    def _staff(self) -> None:
+        """As many threads as parts may be under way."""
+        while len(self._threads) < self.pace.parts:
+            number = len(self._threads)
+            thread = threading.Thread(target=self._work, args=(number,), name=f"geotrain-to-{self.to}-{number}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _work(self, number: int) -> None:
+        while True:
+            with self._changed:
+                while not self._closed and self._error is None and not self._may_go(number):
+                    self._changed.wait()
+                if self._closed or self._error is not None:
                     return
-                self.traffic.retries += 1
-                self._closed.wait(RETRY_S[min(attempt, len(RETRY_S) - 1)])
-                attempt += 1
+                self._asking |= (ask := self._asks())
+                sent = None if ask else self._outbox.next()
+                if sent is None and not ask:
+                    self.pace.paused()
+                    self._changed.wait()
+                    continue
+                self._under_way += sent is not None
+                patience = self.pace.patience_s(self._under_way)
+            if sent is None:
+                self._ask(patience)
             else:
-                self.traffic.updates += 1
-                self.traffic.payload_bytes += buffer.nbytes
+                self._send(number, sent, patience * 2 ** min(self._failures, 6))
+
+    def _may_go(self, number: int) -> bool:
+        if self._asks():
+            return True
+        return self._clear and number < self.pace.parts
+
+    def _asks(self) -> bool:
+        """Whether the peer is to be asked, by one thread: after a failure, and now and then to measure."""
+        if self._asking or not self._outbox.pending:
+            return False
+        return not self._clear or time.monotonic() - self._asked_at > ASK_EVERY_S
+
+    def _ask(self, patience: float) -> None:
+        """One small question; after a failure again and again, on new connections, until it is answered.
+
+        Soon at first, since a link that is healed must be noticed; then with more and more patience, for one that has become slow.
+        """
+        attempt = 0
+        while not self._closed:
+            try:
+                options = fl.FlightCallOptions(timeout=min(8 * self.pace.rtt_s * 1.5**attempt, patience * 1.1**attempt))
+                for _ in range(2):  # the first may have to open the connection
+                    began = time.monotonic()
+                    list(self._client(QUESTIONS).do_action(fl.Action("here", b""), options=options))
+            except (pa.ArrowException, OSError, KeyError) as error:
+                self._drop(QUESTIONS)
+                if self._gives_up(error):
+                    return
+                with self._changed:
+                    self._clear = False
+                    self.traffic.retries += 1
+                    self._changed.wait(RETRY_S[min(attempt, len(RETRY_S) - 1)])
+                attempt += 1
+                continue
+            with self._changed:
+                self.pace.pinged(time.monotonic() - began, alone=self._alone)
+                self._alone = False
+                self.traffic.rtt_s = self.pace.rtt_s
+                self._alive_at = self._asked_at = time.monotonic()
+                self._clear, self._asking = True, False
+                self._changed.notify_all()
+            return
+
+    def _gives_up(self, error: BaseException) -> bool:
+        with self._changed:
+            if time.monotonic() - self._alive_at <= self.owner.give_up_s:
+                return False
+            self._error = PeerUnreachable(self.owner.region, self.to, self.owner.peers.get(self.to, "an unknown address"), _short(error))
+            self._changed.notify_all()
+            return True
+
+    def _send(self, number: int, sent: Sent, patience: float) -> None:
+        began = time.monotonic()
+        try:
+            answer = self._put_part(number, sent, patience)
+        except fl.FlightUnauthorizedError as error:
+            with self._changed:
+                self._error = UpdateRefused(self.to, _short(error))
+                self._changed.notify_all()
+            return
+        except (pa.ArrowException, OSError, KeyError, ValueError):
+            self._drop(_slot(number))
+            with self._changed:
+                self._under_way -= 1
+                self._outbox.failed(sent)
+                self.traffic.retries += 1
+                self._failures += self._clear
+                self._clear = False
+                self._changed.notify_all()
+            return
+        now = time.monotonic()
+        with self._changed:
+            self._under_way -= 1
+            self._alive_at = now
+            if answer["answer"] == "later":
+                self._outbox.failed(sent)
+                self._changed.wait(self.pace.completion_s or self.pace.rtt_s)
                 return
+            self._failures = 0
+            self.pace.answered(now - began, sent.part.length, now)
+            self.traffic.bytes_per_s = self.pace.bytes_per_s
+            for outgoing in self._outbox.answered(sent, int(answer["life"])):
+                self.traffic.updates += 1
+                self.traffic.payload_bytes += outgoing.payload.size
+                self.traffic.seconds += now - outgoing.since
+            self._staff()
+            self._changed.notify_all()
 
-    def _put_once(self, command: bytes, buffer: Any) -> None:
-        if self._client is None:
-            self._client = fl.FlightClient(f"grpc://{self.owner.peers[self.to]}")
-        patience = fl.FlightCallOptions(timeout=self.owner.give_up_s)
-        writer, answers = self._client.do_put(fl.FlightDescriptor.for_command(command), SCHEMA, options=patience)
+    def _put_part(self, number: int, sent: Sent, patience: float) -> dict[str, Any]:
+        header = {**sent.part.header(), "to": self.to, "token": self.owner.token}
+        command = json.dumps(header).encode()
+        writer, answers = self._client(_slot(number)).do_put(
+            fl.FlightDescriptor.for_command(command), SCHEMA, options=fl.FlightCallOptions(timeout=patience)
+        )
         with writer:
-            self.traffic.wire_bytes += len(command)
-            for chunk in _chunks(buffer):
-                writer.write_batch(chunk)
-                self.traffic.wire_bytes += chunk.nbytes
+            writer.write_batch(_batch(sent.data))
+            with self._changed:
+                self.traffic.wire_bytes += len(command) + sent.part.length
             writer.done_writing()
-            if answers.read() is None:
-                raise pa.ArrowException("not acknowledged")
+            answer = answers.read()
+        if answer is None:
+            raise pa.ArrowException("not answered")
+        return dict(json.loads(answer.to_pybytes()))
 
-    def _drop_client(self) -> None:
-        if self._client is not None:
-            self._client.close()
-            self._client = None
+    def _client(self, slot: int) -> fl.FlightClient:
+        """A connection of its own for every slot."""
+        with self._changed:
+            if slot not in self._clients:
+                options = [("grpc.use_local_subchannel_pool", 1)]  # else all clients of a process share one connection
+                self._clients[slot] = fl.FlightClient(f"grpc://{self.owner.peers[self.to]}", generic_options=options)
+            return self._clients[slot]
+
+    def _drop(self, slot: int) -> None:
+        """A connection that failed is not used again; what others have under way on it may still be answered."""
+        with self._changed:
+            self._clients.pop(slot, None)
 
 
-def _chunks(buffer: Any) -> Iterator[pa.RecordBatch]:
-    """The payload as record batches of one binary value each, without copying it."""
-    data = pa.py_buffer(buffer)
-    for start in range(0, data.size, CHUNK_BYTES):
-        piece = data.slice(start, min(CHUNK_BYTES, data.size - start))
-        offsets = pa.py_buffer(np.array([0, piece.size], dtype=np.int32))
-        yield pa.record_batch([pa.Array.from_buffers(pa.binary(), 1, [None, offsets, piece])], schema=SCHEMA)
+def _slot(number: int) -> int:
+    """The connection of a thread: neighbours share one, as many as its buffers carry."""
+    return number * PART_BYTES // PER_CONNECTION
+
+
+def _batch(data: Any) -> pa.RecordBatch:
+    """Bytes as a record batch of one binary value, without copying them."""
+    buffer = pa.py_buffer(data)
+    offsets = pa.py_buffer(np.array([0, buffer.size], dtype=np.int32))
+    return pa.record_batch([pa.Array.from_buffers(pa.binary(), 1, [None, offsets, buffer])], schema=SCHEMA)
 
 
 def _short(error: BaseException) -> str:

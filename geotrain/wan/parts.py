@@ -5,7 +5,6 @@ them together in memory that it takes once, whatever the order and however often
 their numbers, each once. A transfer that was cut goes on with the parts that are missing.
 """
 
-import time
 import zlib
 from collections import deque
 from collections.abc import Callable
@@ -98,10 +97,10 @@ class _Origin:
 class Assembler:
     """The receiving end. `largest`: bytes of an update; `room`: bytes of memory for all that is not taken yet."""
 
-    def __init__(self, largest: int, room: int, deliver: Callable[[Delivery], None]) -> None:
-        self.largest, self.room, self.deliver = largest, max(room, largest), deliver
-        self.life = time.time_ns()
+    def __init__(self, life: int, largest: int, room: int, deliver: Callable[[Delivery], None]) -> None:
+        self.life = life
         """Said with every answer: a later one has nothing of what was begun in this."""
+        self.largest, self.room, self.deliver = largest, max(room, largest), deliver
         self.held = 0
         """Bytes of assemblies, and of updates that are whole and not taken."""
         self._origins: dict[str, _Origin] = {}
@@ -112,6 +111,8 @@ class Assembler:
         if part.size > self.largest:
             raise ValueError(f"announces {part.size} bytes, this model sends at most {self.largest}")
         origin = self._origin(part)
+        if part.base > origin.next:
+            self._skip(part.update.origin, origin, part.base)
         if part.number >= origin.next + AHEAD:
             raise ValueError(f"update {part.number}, {origin.next} is next")
         if part.number < origin.next or part.number in origin.whole:
@@ -139,9 +140,18 @@ class Assembler:
             raise ValueError(f"from an earlier life of {name}")
         return origin
 
-    def _drop(self, origin: _Origin) -> None:
-        self.held -= sum(assembly.memory.size for assembly in origin.assemblies.values())
-        self.held -= sum(delivery.payload.numel() for delivery in origin.whole.values())
+    def _drop(self, origin: _Origin, before: int = 2**63) -> None:
+        """What is not handed over of the updates before that number."""
+        for number in [number for number in origin.assemblies if number < before]:
+            self.held -= origin.assemblies.pop(number).memory.size
+        for number in [number for number in origin.whole if number < before]:
+            self.held -= origin.whole.pop(number).payload.numel()
+
+    def _skip(self, name: str, origin: _Origin, base: int) -> None:
+        """An earlier life of this receiver acknowledged all before `base`."""
+        self._drop(origin, base)
+        origin.next = base
+        self._hand_over(name, origin)
 
     def fill(self, part: Part) -> Answer:
         """The part's bytes are in the memory that `begin` gave; hand over what is whole, in order. Another thread may have been faster."""
@@ -185,22 +195,23 @@ class Outgoing:
     """Bytes before it were sent at least once."""
     again: deque[tuple[int, int]] = field(default_factory=deque)
     """(offset, length) of parts to be sent once more, as they were cut."""
-    acknowledged: int = 0
-    """Bytes."""
+    open: int = 0
+    """Parts that were cut and are not acknowledged."""
     begun: bool = False
 
     @property
     def whole(self) -> bool:
-        return self.begun and self.acknowledged == self.payload.size and not self.again
+        return self.begun and self.fresh == self.payload.size and not self.open
 
-    def cut(self) -> tuple[int, int] | None:
+    def cut(self, part_bytes: int) -> tuple[int, int] | None:
         """(offset, length) of the next part; None when all are under way."""
         if self.again:
             return self.again.popleft()
         if self.begun and self.fresh == self.payload.size:
             return None
         offset, self.begun = self.fresh, True
-        self.fresh = min(offset + PART_BYTES, self.payload.size)
+        self.open += 1
+        self.fresh = min(offset + part_bytes, self.payload.size)
         return offset, self.fresh - offset
 
 
@@ -210,8 +221,8 @@ class Sent:
 
     outgoing: Outgoing
     part: Part
-    receiver: int | None
-    """The receiver's life, as known when it was sent."""
+    epoch: int
+    """How many lives of the receiver were heard of when it was sent."""
 
     @property
     def data(self) -> Bytes:
@@ -221,10 +232,11 @@ class Sent:
 class Outbox:
     """The sending end, for one peer: which part goes next, and what is acknowledged."""
 
-    def __init__(self, life: int) -> None:
-        self.life = life
+    def __init__(self, life: int, part_bytes: int = PART_BYTES) -> None:
+        self.life, self.part_bytes = life, part_bytes
         self.receiver: int | None = None
         """The life of the receiver that acknowledged so far."""
+        self._epoch = 0
         self._updates: deque[Outgoing] = deque()
         self._numbered = 0
 
@@ -247,16 +259,16 @@ class Outbox:
         for outgoing in self._updates:
             if outgoing.number >= base + AHEAD:
                 return None
-            if (found := outgoing.cut()) is not None:
+            if (found := outgoing.cut(self.part_bytes)) is not None:
                 offset, length = found
                 crc = zlib.crc32(outgoing.payload[offset : offset + length].data)
                 part = Part(self.life, outgoing.number, base, outgoing.update, outgoing.payload.size, offset, length, crc)
-                return Sent(outgoing, part, self.receiver)
+                return Sent(outgoing, part, self._epoch)
         return None
 
     def failed(self, sent: Sent) -> None:
         """Not answered, or there was no room: it goes again, as it was cut."""
-        if sent.receiver == self.receiver:
+        if sent.epoch == self._epoch:
             sent.outgoing.again.append((sent.part.offset, sent.part.length))
 
     def answered(self, sent: Sent, receiver: int) -> list[Outgoing]:
@@ -266,15 +278,18 @@ class Outbox:
         """
         if self.receiver is None:
             self.receiver = receiver
-        if receiver != self.receiver:
-            self.receiver = receiver
+        if sent.epoch != self._epoch:
+            return []
+        if receiver < self.receiver:
+            self.failed(sent)
+            return []
+        if receiver > self.receiver:
+            self.receiver, self._epoch = receiver, self._epoch + 1
             for outgoing in self._updates:
-                outgoing.fresh, outgoing.acknowledged, outgoing.begun = 0, 0, False
+                outgoing.fresh, outgoing.open, outgoing.begun = 0, 0, False
                 outgoing.again.clear()
             return []
-        if sent.receiver not in (None, receiver):
-            return []
-        sent.outgoing.acknowledged += sent.part.length
+        sent.outgoing.open -= 1
         done = []
         while self._updates and self._updates[0].whole:
             done.append(self._updates.popleft())
@@ -329,7 +344,7 @@ class Pace:
             self._since, self._bytes = now - seconds, 0
         self._bytes += length
         spent = now - self._since
-        if spent > 2 * self.completion_s and self._bytes >= self.parts * PART_BYTES:
+        if spent > 4 * self.completion_s and self._bytes >= 3 * self.parts * PART_BYTES:
             self._measure(self._bytes / spent)
             self._since, self._bytes = now, 0
 

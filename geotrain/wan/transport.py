@@ -20,6 +20,10 @@ class LinkTraffic:
     seconds: float = 0.0
     """From handing over to acknowledgement, summed; waiting behind earlier updates included."""
     retries: int = 0
+    rtt_s: float = 0.0
+    """The last measured round trip of a small message; 0 where none was measured."""
+    bytes_per_s: float = 0.0
+    """Goodput of late, while there was something to send."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
