@@ -57,8 +57,6 @@ class Network:
     random: random.Random
     traces: Mapping[str, Steps] = field(default_factory=dict)
     """`tokyo>virginia`, `tokyo-virginia` or `all` -> its rate over time."""
-    turnaround: bool = True
-    """The next update waits for the acknowledgement of the one before, as the flight transport's does."""
     links: dict[tuple[str, str], Link] = field(default_factory=dict)
 
     def between(self, source: str, target: str) -> Link:
@@ -83,7 +81,7 @@ class Network:
         arrival = end + rtt / 2
         if spec.jitter_ms:
             arrival += abs(self.random.gauss(0, spec.jitter_ms / 1000))
-        link.free_at = end + rtt if self.turnaround else end
+        link.free_at = end
         link.last_arrival = arrival = max(arrival, link.last_arrival)
         link.bytes += round(wire)
         link.updates += 1

@@ -84,6 +84,9 @@ def _play(simulation: Simulation, held_out: Mapping[str, Inventory], goal: Metri
 
 def _outcome(simulation: Simulation, curve: list[Point], reached: Point | None, *, stuck: bool) -> Outcome:
     last = simulation.point(curve[-1].metrics if curve else {})
+    sent: Counter[str] = Counter()
+    for (source, _), link in simulation.network.links.items():
+        sent[source] += link.bytes
     regions = {
         name: {
             "samples": node.body.totals.samples,
@@ -91,7 +94,7 @@ def _outcome(simulation: Simulation, curve: list[Point], reached: Point | None, 
             "held_s": node.body.totals.held_s,
             "busy_s": node.busy_s,
             "missed": node.body.missed,
-            "wire_bytes": sum(link.bytes for (source, _), link in simulation.network.links.items() if source == name),
+            "wire_bytes": sent[name],
         }
         for name, node in simulation.nodes.items()
     }
@@ -156,7 +159,7 @@ def _network(job: JobSpec) -> Network:
     for link in traces:
         if link != "all" and not any(link == f"{a}{sign}{b}" for a in names for b in names if a != b for sign in ">-"):
             raise JobError(f"links.trace: '{link}' is not all, 'one>other' or 'one-other' of the regions {', '.join(names)}")
-    return Network(job.link, random.Random(job.train.seed + 1), traces, turnaround=job.shape is None)
+    return Network(job.link, random.Random(job.train.seed + 1), traces)
 
 
 def _machine_at(job: JobSpec, plan: Plan, region: str, view: View, steps_in: Callable[[int], int], *, joins: bool) -> Any:

@@ -183,7 +183,7 @@ class MergeMachine:
         place = (update.round, update.fragment)
         match update.kind:
             case Kind.CONTRIBUTION:
-                return self._collect(update, place, now) + self._advance(now)
+                return out + self._advance(now) if (out := self._collect(update, place, now)) else []
             case Kind.MERGED:
                 if self._is_past(update.round) or place in self.merged:
                     return [Discard(update, "already applied")]
