@@ -48,9 +48,9 @@ def test_an_exchange_behind_compute_costs_only_the_last() -> None:
 
 
 def test_a_saturated_push_is_as_fast_as_its_link() -> None:
-    outcome = simulate(bare(sync={"strategy": "asgd"}), real=False)
-    final_merge = 2 * (0.1 + 0.05)
-    assert outcome.seconds == pytest.approx(100 * (0.1 + 0.1) + final_merge, rel=0.03)
+    outcome = simulate(bare(sync={"strategy": "asgd"}, links={"mbit_per_s": 40, "rtt_ms": 100}), real=False)
+    fills, final_merge = 10 * (0.1 + 0.05), 2 * (0.2 + 0.05)
+    assert outcome.seconds == pytest.approx(100 * 0.2 + fills + final_merge, rel=0.001), "ten segments, each of which fills the pipe anew"
 
 
 def test_owners_send_the_same_whatever_the_number_of_regions() -> None:
