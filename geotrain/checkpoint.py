@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 
 from geotrain.errors import BadCheckpoint, OutputUnwritable
-from geotrain.stores import STORE_ERRORS
+from geotrain.stores import STORE_ERRORS, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,13 +65,7 @@ def write_bytes(who: str, url: str, content: bytes) -> None:
     """Write a whole object; on a local disk by rename, so that it is there whole or not at all. Raises OutputUnwritable."""
     try:
         fs, path = fsspec.core.url_to_fs(url)
-        local = "file" in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)
-        if local:  # elsewhere folders are no things, and a bucket that is not there must not be made by accident
-            fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        with fs.open(f"{path}.tmp" if local else path, "wb") as file:
-            file.write(content)
-        if local:
-            fs.mv(f"{path}.tmp", path)
+        write_whole(fs, path, content)
     except STORE_ERRORS as error:
         raise OutputUnwritable(who, url, str(error) or type(error).__name__) from error
 

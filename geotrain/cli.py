@@ -22,7 +22,7 @@ from geotrain.errors import GeotrainError, JobError, NonFiniteLoss, Stopped
 from geotrain.examples import ExampleName, make_example, region_names
 from geotrain.job import load_job
 from geotrain.report.folder import RunFolder, list_runs
-from geotrain.report.words import count, duration, size
+from geotrain.report.words import count, duration, rate, size
 
 EXIT_CODES = """
 Exit codes: 0 done; 2 the job or the command line is wrong; 3 your task; 4 data; 5 a cluster; 6 between regions;
@@ -368,7 +368,8 @@ def report(run: RunId, runs: Runs = "runs", shape: Shape = Format.text) -> None:
         answers.print(summary_table(summary))
         for link in summary["links"]:
             answers.print(
-                f"{link['source']} > {link['target']}: {link['updates']} updates, {size(link['wire_bytes'])}, {link['retries']} retries"
+                f"{link['source']} > {link['target']}: {link['updates']} updates, {size(link['wire_bytes'])}, {rate(link['bytes_per_s'])}, "
+                f"{1000 * link['rtt_s']:.0f} ms, {link['retries']} retries, blocked {duration(link['blocked_s'])}"
             )
         answers.print(f"page: {folder.url}/report.html")
 

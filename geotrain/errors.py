@@ -21,6 +21,8 @@
     │   ├── PeerUnreachable
     │   ├── CannotListen
     │   ├── UpdateRefused
+    │   ├── BadCertificate
+    │   ├── MailboxUnusable
     │   └── Diverged                       replicas that must be equal are not
     ├── StateError                     7   run folders, checkpoints, the registry
     │   ├── OutputUnwritable
@@ -170,6 +172,18 @@ class UpdateRefused(WanError):
     fields = ("region", "reason")
     says = "region {region} refused an update: {reason}"
     remedy = "both ends must run the same job and the same version of geotrain"
+
+
+class BadCertificate(WanError):
+    fields = ("region", "path", "detail")
+    says = "region {region}: {path} cannot be used: {detail}"
+    remedy = "make it anew with `geotrain certs region {region}`, and put ca.pem, {region}.pem and {region}.key on {region}'s workers"
+
+
+class MailboxUnusable(WanError):
+    fields = ("region", "url", "detail")
+    says = "region {region} cannot use the mailbox {url}: {detail}"
+    remedy = "check that bucket or folder, its storage_options, and the right of {region}'s workers to read and write there"
 
 
 class Diverged(WanError):

@@ -18,7 +18,7 @@ from geotrain.data.inventory import Inventory, check_same_schema
 from geotrain.errors import Diverged, GeotrainError, JobError, ModelMismatch, NothingToResume, Stopped
 from geotrain.job import JobSpec, RegionSpec
 from geotrain.metrics import add_sums, means
-from geotrain.partition.orders import Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder
+from geotrain.partition.orders import Directory, Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder
 from geotrain.partition.partition import Control, Partition
 from geotrain.plan.planner import Plan, UpdateSize, make_plan
 from geotrain.plan.power import Offer
@@ -45,7 +45,7 @@ class Run:
         self.probed: dict[str, Probed] = {}
         self.partitions: dict[str, Partition] = {}
         self.plan: Plan | None = None
-        self.peers: dict[str, str] = {}
+        self.directory = Directory({}, {})
         self.round = resumed.round if resumed else 0
         self.totals: dict[str, dict[str, float]] = dict(resumed.totals) if resumed else {}
         self.traffic: dict[str, dict[str, dict[str, Any]]] = {}
@@ -261,7 +261,7 @@ class Run:
         )
 
     def introduce(self, seats: Sequence[SeatTaken]) -> None:
-        """All regions must begin with one model; then each leader learns the others' addresses. Raises ModelMismatch."""
+        """All regions must begin with one model; then it is settled how each leader reaches the others. Raises ModelMismatch."""
         first, *rest = seats
         for other in rest:
             for what, mine, theirs in (("shape", first.fingerprint, other.fingerprint), ("initial values", first.hashes, other.hashes)):
@@ -269,7 +269,24 @@ class Run:
                     if mine.get(name) != theirs.get(name):
                         detail = f"its {what} differ" if name in mine and name in theirs else "only one of the two has it"
                         raise ModelMismatch(other.region, first.region, name, detail)
-        self.peers = {seat.region: seat.wan for seat in seats if seat.wan}
+        addresses = {seat.region: seat.wan for seat in seats}
+        ways: dict[str, str] = {}
+        for tried in self.in_every_region(self._try_links, addresses):
+            ways |= tried
+        self.directory = Directory(addresses, ways)
+
+    def _try_links(self, region: str, addresses: dict[str, dict[str, str]]) -> dict[str, str]:
+        """The way of every link from a region. `auto`, where there is a mailbox to fall back on: what the leader can dial, directly."""
+        wanted = {other.name: self.job.link(region, other.name).transport for other in self.job.regions if other.name != region}
+        boxed = {spec.name for spec in self.job.regions if self.job.mailbox_of(spec.name) is not None}
+        choice = [other for other, way in wanted.items() if way == "auto" and {region, other} <= boxed]
+        dialled = {other: addresses[other]["flight"] for other in choice if "flight" in addresses[other]}
+        unreachable = self.partitions[region].reach(dialled) if dialled else {}
+        for other in choice:
+            why = unreachable[other] if other in dialled else "it does not listen"
+            wanted[other] = "mailbox" if why else "flight"
+            self.folder.event("link", region=region, to=other, transport=wanted[other], why=why or "the leader can dial it")
+        return {f"{region}>{other}": "flight" if way == "auto" else way for other, way in wanted.items()}
 
     def segments_left(self) -> list[int]:
         """Numbers of the segments still to train; they count from 1."""
@@ -287,7 +304,7 @@ class Run:
         assert self.plan is not None
         self.board.enter("training")
         self.board.status(region, "running")
-        order = SegmentOrder(segment, self.plan.segment_end(segment), dict(self.peers), self.folder.url)
+        order = SegmentOrder(segment, self.plan.segment_end(segment), self.directory, self.folder.url)
         done = self.partitions[region].train(order)
         self.board.status(region, f"segment {segment} done")
         return done
@@ -346,7 +363,7 @@ class Run:
 
     def merge_fully(self, region: str) -> str:
         self.board.enter("final merge")
-        digest, traffic, seconds = self.partitions[region].merge_fully(dict(self.peers))
+        digest, traffic, seconds = self.partitions[region].merge_fully(self.directory)
         with self._lock:
             self._add_up(region, traffic, seconds=seconds)
         return digest

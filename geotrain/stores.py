@@ -1,6 +1,23 @@
 """What an object store raises when it cannot be used, whichever library speaks to it."""
 
+from typing import Any
+
 from botocore.exceptions import BotoCoreError, ClientError
 
 STORE_ERRORS = (OSError, ValueError, BotoCoreError, ClientError)
 """fsspec turns most failures into OSError; S3 without credentials or without a reachable endpoint raises botocore's own."""
+
+
+def is_local(fs: Any) -> bool:
+    return "file" in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)
+
+
+def write_whole(fs: Any, path: str, content: bytes) -> None:
+    """Write an object so that it is there whole or not at all: on a local disk by rename. Raises one of STORE_ERRORS."""
+    if not is_local(fs):  # elsewhere folders are no things, and a bucket that is not there must not be made by accident
+        fs.pipe_file(path, content)
+        return
+    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    with fs.open(f"{path}.tmp", "wb") as file:
+        file.write(content)
+    fs.mv(f"{path}.tmp", path)

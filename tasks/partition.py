@@ -33,6 +33,8 @@ def train_partition(run: Run, region: str, segment: int) -> SegmentDone:
 def synchronize(run: Run, segment: int, parts: list[SegmentDone]) -> bool:
     over = run.synchronize(segment, parts)
     get_run_logger().info("round %d committed; held out: %s", run.round, run.metrics)
+    if links := run.board.snapshot()["links"]:
+        artifacts.table(run.job.name, "links", links, f"{run.id}: what every directed link carried until round {run.round}")
     return over
 
 

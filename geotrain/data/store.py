@@ -27,11 +27,16 @@ def resolve_options(region: str, options: Options) -> dict[str, Any]:
 
 
 def open_store(spec: RegionSpec, url: str) -> tuple[Any, str]:
-    """(filesystem, path) of a URL with the region's own options. Local paths ignore the options meant for a bucket."""
-    options = resolve_options(spec.name, spec.storage_options) if "://" in url else {}
+    """(filesystem, path) of a URL with the region's own options."""
+    return open_url(spec.name, url, spec.storage_options)
+
+
+def open_url(region: str, url: str, storage_options: Options, **more: Any) -> tuple[Any, str]:
+    """(filesystem, path) of a URL. Local paths ignore the options meant for a bucket; so they do `more`. Raises DataUnreachable."""
+    options = {**more, **resolve_options(region, storage_options)} if "://" in url else {}
     if url.startswith("s3://") and "endpoint_url" in options:
         options = {"client_kwargs": {"endpoint_url": options["endpoint_url"]}, **{k: v for k, v in options.items() if k != "endpoint_url"}}
     try:
         return fsspec.core.url_to_fs(url, **options)
     except (ImportError, *STORE_ERRORS) as error:
-        raise DataUnreachable(spec.name, url, str(error)) from error
+        raise DataUnreachable(region, url, str(error)) from error

@@ -8,7 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from geotrain.errors import JobError
-from geotrain.job.spec import AddressCluster, Cluster, JobSpec, RegionSpec, SecurityFiles
+from geotrain.job.spec import AddressCluster, Cluster, JobSpec, Mailbox, RegionSpec, SecurityFiles
 from geotrain.job.sync import Sync
 from geotrain.mistakes import explain, is_echo, members_of
 
@@ -80,15 +80,22 @@ def _resolved(job: JobSpec, base: Path) -> JobSpec:
 
     def full_region(region: RegionSpec) -> RegionSpec:
         data = region.data.model_copy(update={"train": full(region.data.train), "eval": region.data.eval and full(region.data.eval)})
-        cluster = region.cluster
+        cluster, wan = region.cluster, region.wan
         if isinstance(cluster, AddressCluster) and cluster.security:
-            files = {key: full(value) for key, value in cluster.security.model_dump().items()}
-            cluster = cluster.model_copy(update={"security": SecurityFiles(**files)})
-        return region.model_copy(update={"data": data, "cluster": cluster})
+            cluster = cluster.model_copy(update={"security": full_files(cluster.security)})
+        wan = wan.model_copy(update={"security": wan.security and full_files(wan.security), "mailbox": full_box(wan.mailbox)})
+        return region.model_copy(update={"data": data, "cluster": cluster, "wan": wan})
+
+    def full_files(files: SecurityFiles) -> SecurityFiles:
+        return SecurityFiles(**{key: full(value) for key, value in files.model_dump().items()})
+
+    def full_box(box: Mailbox | None) -> Mailbox | None:
+        return box and box.model_copy(update={"url": full(box.url)})
 
     changed: dict[str, Any] = {
         "code": tuple(full(path) for path in job.code),
         "regions": tuple(full_region(region) for region in job.regions),
+        "mailbox": full_box(job.mailbox),
         "output": job.output.model_copy(update={"url": full(job.output.url)}),
     }
     if job.links and job.links.trace:

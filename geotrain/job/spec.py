@@ -5,7 +5,7 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from geotrain.job.base import Count, HostPort, ImportPath, Name, NonNegative, Positive, Spec
 from geotrain.job.sync import Merged, ModelAveraging, Sync
@@ -34,9 +34,30 @@ class LocalCluster(Spec):
 
 
 class SecurityFiles(Spec):
+    """PEM files on the region's workers."""
+
     ca: str
     cert: str
     key: str
+
+
+def _refuse_plain_secrets(options: dict[str, Any]) -> dict[str, Any]:
+    for key, value in options.items():
+        if SECRET_OPTION.search(key) and not isinstance(value, FromEnv):
+            raise ValueError(f"'{key}' looks like a secret: write {key}: {{env: NAME_OF_A_VARIABLE}} and set that variable on the workers")
+    return options
+
+
+StorageOptions = Annotated[dict[str, str | int | bool | FromEnv], AfterValidator(_refuse_plain_secrets)]
+
+
+class Mailbox(Spec):
+    """A folder or bucket through which regions exchange updates that cannot reach each other."""
+
+    url: str
+    """`s3://bucket/prefix`, or a folder: whoever writes into it and whoever reads from it must reach it."""
+    storage_options: StorageOptions = {}
+    """Options for fsspec, as a region's; the variables named here must be set on the workers of all regions."""
 
 
 class AddressCluster(Spec):
@@ -76,15 +97,22 @@ class WanEndpoint(Spec):
     """Where this region's leader listens; port 0 takes a free one."""
     advertise: HostPort | None = None
     """The address the other regions dial; None: what it listens on."""
+    security: SecurityFiles | None = None
+    """This region's certificate (`geotrain certs` makes a trial one): mutual TLS, and signed mailbox objects. All regions or none."""
     plaintext: bool = False
     """Allow an unencrypted endpoint that is not on loopback: only inside a VPN or a test network."""
+    mailbox: Mailbox | None = None
+    """Where this region writes updates for regions that it cannot reach; None: the job's `mailbox`."""
 
     @model_validator(mode="after")
     def _plaintext_only_on_loopback(self) -> "WanEndpoint":
-        if not self.listen.startswith(LOOPBACK) and not self.plaintext:
+        if not self.listen.startswith(LOOPBACK) and not self.plaintext and self.security is None:
             raise ValueError(
-                f"listening on {self.listen} sends updates unencrypted; keep to 127.0.0.1, or set plaintext: true inside a VPN"
+                f"listening on {self.listen} would send updates unencrypted: give security: {{ca, cert, key}} "
+                "(`geotrain certs` makes them), keep to 127.0.0.1, or set plaintext: true inside a VPN"
             )
+        if self.plaintext and self.security is not None:
+            raise ValueError("security and plaintext: true contradict each other: take one of them out")
         if self.listen.startswith(WILDCARD) and self.advertise is None:
             raise ValueError(f"listening on {self.listen} tells nobody where to dial: add advertise: host:port")
         return self
@@ -93,7 +121,7 @@ class WanEndpoint(Spec):
 class RegionSpec(Spec):
     name: Name
     data: DataSpec
-    storage_options: dict[str, str | int | bool | FromEnv] = {}
+    storage_options: StorageOptions = {}
     """Options for fsspec (`endpoint_url`, `key`, ...). Secrets by reference only: `secret: {env: TOKYO_SECRET}`."""
     cluster: Cluster = LocalCluster()
     devices: Annotated[tuple[Device, ...], Field(min_length=1)] = (Device(),)
@@ -107,22 +135,15 @@ class RegionSpec(Spec):
             raise ValueError("a region's workers step together, so they are of one kind: give one entry, or make two regions of it")
         return devices
 
-    @field_validator("storage_options")
-    @classmethod
-    def _secrets_by_reference(cls, options: dict[str, Any]) -> dict[str, Any]:
-        for key, value in options.items():
-            if SECRET_OPTION.search(key) and not isinstance(value, FromEnv):
-                raise ValueError(
-                    f"'{key}' looks like a secret: write {key}: {{env: NAME_OF_A_VARIABLE}} and set that variable on the workers"
-                )
-        return options
-
 
 class LinkSpec(Spec):
     mbit_per_s: Positive = 1000.0
     rtt_ms: NonNegative = 50.0
     usd_per_gb: NonNegative = 0.0
     """Egress price, charged to the sender."""
+    transport: Literal["auto", "flight", "mailbox"] = "auto"
+    """flight: directly, leader to leader. mailbox: through a bucket, so that nobody has to be reachable. auto: directly where that works,
+    else through the mailbox, if there is one; tried before the first segment."""
     jitter_ms: NonNegative = 0.0
     """For `geotrain simulate`: the standard deviation of the way there."""
     loss: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -254,6 +275,8 @@ class JobSpec(Spec):
     code: tuple[str, ...] = ()
     """Python files and folders shipped to every region's workers."""
     regions: Annotated[tuple[RegionSpec, ...], Field(min_length=1)]
+    mailbox: Mailbox | None = None
+    """For regions that cannot reach each other; a region's `wan.mailbox` takes its place."""
     links: Links | None = None
     """None: what `shape` says, or else 1000 Mbit/s, 50 ms."""
     shape: Shape | None = None
@@ -272,6 +295,16 @@ class JobSpec(Spec):
         for pair in self.links.pairs if self.links else ():
             if not any(pair == f"{a}{sign}{b}" for a in names for b in names if a != b for sign in ">-"):
                 raise ValueError(f"links.pairs: '{pair}' is not 'one>other' or 'one-other' of the regions {', '.join(names)}")
+        with_security = [region.name for region in self.regions if region.wan.security]
+        if with_security and len(with_security) < len(names):
+            bare = next(name for name in names if name not in with_security)
+            raise ValueError(f"wan.security: {with_security[0]} has a certificate, {bare} has none: give it to all regions or to none")
+        for a, b in ((a, b) for a in names for b in names if a != b):
+            without = [name for name in (a, b) if self.mailbox_of(name) is None]
+            if self.link(a, b).transport == "mailbox" and without:
+                raise ValueError(
+                    f"links: {a}>{b} goes through a mailbox, and {without[0]} has none: add mailbox: {{url: s3://bucket/prefix}}"
+                )
         if self.train.until and not any(region.data.eval for region in self.regions):
             raise ValueError("train.until needs held-out rows: give at least one region data.eval")
         return self
@@ -300,6 +333,10 @@ class JobSpec(Spec):
             if key in self.links.pairs:
                 return self.links.pairs[key]
         return self.links
+
+    def mailbox_of(self, region: str) -> Mailbox | None:
+        """Where a region writes updates for those that it cannot reach."""
+        return self.region(region).wan.mailbox or self.mailbox
 
     def kinds_of_link(self) -> tuple[LinkSpec, ...]:
         """Every link that is unlike the others, and one of the others."""

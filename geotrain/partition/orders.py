@@ -45,12 +45,22 @@ class SeatOrder:
 
 
 @dataclass(frozen=True, slots=True)
+class Directory:
+    """Where the endpoint of every region is, and which way each directed link takes."""
+
+    addresses: dict[str, dict[str, str]]
+    """Region -> transport -> its address there."""
+    ways: dict[str, str]
+    """`tokyo>virginia` -> flight or mailbox."""
+
+
+@dataclass(frozen=True, slots=True)
 class SeatTaken:
     region: str
     rank: int
     worker: str
-    wan: str | None
-    """host:port for the other leaders; None for a worker that does not lead."""
+    wan: dict[str, str]
+    """Transport -> address for the other leaders; empty for a worker that does not lead."""
     fingerprint: dict[str, str]
     """Parameter or buffer name -> shape and dtype."""
     hashes: dict[str, str]
@@ -64,8 +74,7 @@ class SegmentOrder:
 
     number: int
     until: int
-    peers: dict[str, str]
-    """Region -> host:port."""
+    directory: Directory
     run_url: str
     """The run folder, for this region's part of the checkpoint."""
 

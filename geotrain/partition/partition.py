@@ -13,7 +13,7 @@ from geotrain.data.inventory import Inventory
 from geotrain.errors import ClusterUnreachable, GeotrainError, Stopped, TaskFailed, WorkerLost
 from geotrain.job import JobSpec
 from geotrain.partition.calls import on_worker
-from geotrain.partition.orders import Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder, topic
+from geotrain.partition.orders import Directory, Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder, topic
 
 POLL_S = 0.1
 WORKERS_CHECK_S = 2.0
@@ -88,9 +88,14 @@ class Partition:
         sums: dict[str, tuple[float, float]] = self._ask_leader("the evaluation", "evaluate_seat")
         return sums
 
-    def merge_fully(self, peers: dict[str, str]) -> tuple[str, dict[str, dict[str, Any]], float]:
+    def reach(self, addresses: dict[str, str]) -> dict[str, str | None]:
+        """Region -> why the leader cannot dial it at this address; None where it can."""
+        answer: dict[str, str | None] = self._ask_leader("trying the links", "reach", addresses)
+        return answer
+
+    def merge_fully(self, directory: Directory) -> tuple[str, dict[str, dict[str, Any]], float]:
         """This region's side of the full merge that ends a run; returns the hash of what it then holds, its traffic, and the seconds."""
-        answer: tuple[str, dict[str, dict[str, Any]], float] = self._ask_leader("the final merge", "merge_fully", peers)
+        answer: tuple[str, dict[str, dict[str, Any]], float] = self._ask_leader("the final merge", "merge_fully", directory)
         return answer
 
     def write_model(self, url: str) -> int:

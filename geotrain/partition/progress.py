@@ -5,9 +5,9 @@ from typing import Any
 
 from distributed import get_worker
 
+from geotrain.partition.endpoint import Endpoint
 from geotrain.partition.orders import topic
 from geotrain.partition.server import RoundRecord
-from geotrain.wan.transport import LinkTraffic
 
 EVERY_S = 0.5
 
@@ -17,7 +17,8 @@ class Reporter:
 
     def __init__(self, run: str, region: str) -> None:
         self.topic = topic(run, region)
-        self.traffic: dict[str, LinkTraffic] = {}
+        self.endpoint: Endpoint | None = None
+        """The leader's: what it carried and refused is told with the rounds."""
         self._rounds: list[dict[str, Any]] = []
         self._sent_at = 0.0
 
@@ -30,8 +31,10 @@ class Reporter:
         get_worker().log_event(self.topic, {"event": {"event": name, "at": time.time(), **facts}})
 
     def flush(self) -> None:
-        if self._rounds:
-            get_worker().log_event(
-                self.topic, {"rounds": self._rounds, "wire_bytes": sum(link.wire_bytes for link in list(self.traffic.values()))}
-            )
+        if self.endpoint is not None:
+            for refusal in self.endpoint.inbox.news():
+                self.event("refused", refusal)
+            if self._rounds:
+                links = {to: link.to_dict() for to, link in list(self.endpoint.transport.traffic.items())}
+                get_worker().log_event(self.topic, {"rounds": self._rounds, "links": links})
         self._rounds, self._sent_at = [], time.monotonic()

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import pyarrow as pa
 import torch
 from distributed import get_worker
 from distributed.worker import thread_state
@@ -17,12 +16,13 @@ from geotrain import checkpoint
 from geotrain.data.batches import Reader, record_batches
 from geotrain.data.inventory import Inventory, take_inventory
 from geotrain.data.leases import LeaseBook
-from geotrain.errors import BadCheckpoint, CannotListen, JobError, Stopped, TaskFailed, WorkerLost
+from geotrain.errors import BadCheckpoint, JobError, Stopped, TaskFailed, WorkerLost
 from geotrain.job import JobSpec
+from geotrain.partition.endpoint import Endpoint
 from geotrain.partition.flat import FlatModel, sha256
 from geotrain.partition.group import Alone, Directive, Group, Together
 from geotrain.partition.memory import keep_freed_memory
-from geotrain.partition.orders import Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder
+from geotrain.partition.orders import Directory, Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder
 from geotrain.partition.progress import Reporter
 from geotrain.partition.server import ParameterServer, Totals
 from geotrain.partition.state import load_optimizer_state, optimizer_state, prefixed, without_prefix
@@ -40,9 +40,7 @@ from geotrain.sync.replica import MergeReplica, Replica, choose_codecs, replica_
 from geotrain.sync.sparse import Table, TouchedRows
 from geotrain.sync.strategy import Merging, Pushing, Strategy, provisional, strategy_of
 from geotrain.task import TrainingTask, load_task
-from geotrain.wan.flight import FlightTransport
-from geotrain.wan.shaped import Line, Shaped
-from geotrain.wan.transport import Transport
+from geotrain.wan.transport import model_digest
 
 PROBE_S = 1.0
 LARGEST_PER_ELEMENT, LARGEST_EXTRA = 8, 64
@@ -61,54 +59,27 @@ class Seat:
         """The segment that is under way, and the one that is to end early."""
         self.reporter = Reporter(order.run, order.region)
         self.server: ParameterServer | None = None
-        self.peers: dict[str, str] = {}
+        self.endpoint: Endpoint | None = None
         with ExitStack() as stack:
             self.trainer = make_trainer(job, order.region, order.train, order.rank, order.world, order.rendezvous)
             stack.callback(self.trainer.group.close)
             if order.warm_start:
                 self._warm_start(order.warm_start)
             if order.rank == 0:
-                self.transport = self._open_endpoint()
-                stack.callback(self.transport.close)
+                self.endpoint = self._open_endpoint()
+                stack.callback(self.endpoint.close)
                 self._seat_server(first_round=0)
             stack.callback(self.trainer.rows.close)
             if order.restore:
                 self._restore(order.restore)
             self._open = stack.pop_all()
 
-    def _open_endpoint(self) -> Transport:
-        order = self.order
-        largest = LARGEST_PER_ELEMENT * self.trainer.flat.vector.numel() + LARGEST_EXTRA
-        listen = self.job.region(order.region).wan.listen
-        try:
-            endpoint = FlightTransport(
-                order.region,
-                listen,
-                self.peers,
-                token=order.token,
-                largest_payload=largest,
-                life=order.life,
-                give_up_s=order.give_up_s,
-                expect=self._expected,
-            )
-        except (OSError, pa.ArrowException) as error:
-            raise CannotListen(order.region, listen, str(error)) from error
-        self.address = endpoint.address
-        transport = self._shaped(endpoint)
-        self.reporter.traffic = transport.traffic
-        return transport
-
-    def _expected(self, to: str) -> tuple[float, float]:
-        """(round trip in seconds, bytes per second) of the link there, as the job or the plan says."""
-        line = self.job.link(self.order.region, to)
-        return line.rtt_ms / 1000, line.mbit_per_s * 1e6 / 8
-
-    def _shaped(self, inner: Transport) -> Transport:
-        shape = self.job.shape
-        if shape is None:
-            return inner
-        line = Line(shape.mbit_per_s, shape.rtt_ms)
-        return Shaped(inner, lambda to: line)
+    def _open_endpoint(self) -> Endpoint:
+        flat = self.trainer.flat
+        largest = LARGEST_PER_ELEMENT * flat.vector.numel() + LARGEST_EXTRA
+        endpoint = Endpoint(self.order, model_digest(flat.fingerprint()), largest, self.reporter.event)
+        self.reporter.endpoint = endpoint
+        return endpoint
 
     def _seat_server(self, first_round: int, steps_done: int = 0) -> None:
         order, flat = self.order, self.trainer.flat
@@ -118,16 +89,22 @@ class Seat:
             region=order.region,
             machine=round_machine(self.strategy, at),
             replica=seat_replica(self.job, flat, self.strategy, order.shares, order.bits),
-            transport=self.transport,
+            transport=self._endpoint.transport,
             alive=dask_task_alive(order.run),
             stop_wanted=lambda: self.stop_in == self.now_in,
             report=self.reporter.round,
             event=self.reporter.event,
         )
 
+    @property
+    def _endpoint(self) -> Endpoint:
+        """The leader's."""
+        assert self.endpoint is not None
+        return self.endpoint
+
     def taken(self) -> SeatTaken:
-        flat, spec = self.trainer.flat, self.job.region(self.order.region)
-        wan = (spec.wan.advertise or self.address) if self.order.rank == 0 else None
+        flat = self.trainer.flat
+        wan = self.endpoint.addresses if self.endpoint is not None else {}
         hashes = flat.hashes()
         if self.order.restore and not self.strategy.ends_equal:
             hashes = {}
@@ -136,7 +113,8 @@ class Seat:
     def segment(self, order: SegmentOrder) -> SegmentDone | None:
         """Train one segment. The leader answers; the region's other workers return None."""
         self.now_in = order.number
-        self.peers.update(order.peers)
+        if self.endpoint is not None:
+            self.endpoint.introduce(order.directory)
         began = time.monotonic()
         alive = dask_task_alive(self.order.run)
         first: Directive | None = None
@@ -178,18 +156,22 @@ class Seat:
         """Held-out sums and counts of this region; none where it has no such rows."""
         return evaluate(self.trainer, self.order.eval, self.job.train.batch_size) if self.order.eval else {}
 
-    def merge_fully(self, peers: dict[str, str]) -> tuple[str, dict[str, dict[str, Any]], float]:
+    def reach(self, addresses: dict[str, str]) -> dict[str, str | None]:
+        """Region -> why this leader cannot dial it; None where it can."""
+        return self._endpoint.reach(addresses)
+
+    def merge_fully(self, directory: Directory) -> tuple[str, dict[str, dict[str, Any]], float]:
         """One full merge, weighted by rows, so that the run ends with one model; returns its hash, the traffic and the seconds."""
         assert self.server is not None
         began = time.monotonic()
-        self.peers.update(peers)
+        self._endpoint.introduce(directory)
         self.server.alive = dask_task_alive(self.order.run)
         self.server.merge_fully()
         self.server.drain()
         return sha256(self.trainer.flat.vector), self._traffic(), time.monotonic() - began
 
     def _traffic(self) -> dict[str, dict[str, Any]]:
-        return {to: link.to_dict() for to, link in list(self.transport.traffic.items())}
+        return {to: link.to_dict() for to, link in list(self._endpoint.transport.traffic.items())}
 
     def _write_part(self, url: str, round: int) -> checkpoint.StoredPart:
         assert self.server is not None
@@ -387,8 +369,12 @@ def evaluate_seat(run: str, region: str) -> dict[str, tuple[float, float]]:
     return _SEATS[run, region].evaluate()
 
 
-def merge_fully(run: str, region: str, peers: dict[str, str]) -> tuple[str, dict[str, dict[str, Any]], float]:
-    return _SEATS[run, region].merge_fully(peers)
+def reach(run: str, region: str, addresses: dict[str, str]) -> dict[str, str | None]:
+    return _SEATS[run, region].reach(addresses)
+
+
+def merge_fully(run: str, region: str, directory: Directory) -> tuple[str, dict[str, dict[str, Any]], float]:
+    return _SEATS[run, region].merge_fully(directory)
 
 
 def write_model(run: str, region: str, url: str) -> int:

@@ -58,6 +58,8 @@ class RoundRecord:
     samples: int
     loss: float | None
     held_s: float
+    links: dict[str, dict[str, float]] = field(default_factory=dict)
+    """To each peer since the round before: bytes, retries, seconds blocked and hidden; and its round trip and goodput of late."""
 
     def to_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
@@ -99,13 +101,15 @@ class ParameterServer:
     _round_loss: float = 0.0
     _round_held_s: float = 0.0
     _held_since: float | None = None
+    _busy_when_held: dict[str, float] = field(default_factory=dict)
+    _links_before: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def begin(self, until: int) -> Directive:
         """Open a segment that ends before round `until`."""
         self.totals, self._stop_told = Totals(), False
         self.handle(SegmentBegins(until, self.clock()))
         if self.machine.at.held and not self.machine.at.over:
-            self._held_since = self.clock()
+            self._hold()
         return self._directive()
 
     def merge_fully(self) -> None:
@@ -228,7 +232,7 @@ class ParameterServer:
             case RoundClosed():
                 self._close_round(instruction)
             case Hold():
-                self._held_since = self.clock()
+                self._hold()
             case Resume() | SegmentOver():
                 self._count_hold()
             case Wake(at):
@@ -254,19 +258,38 @@ class ParameterServer:
         for origin, what in suspects.items():
             self.event("suspect", {"origin": origin, "round": update.round, "fragment": update.fragment, "what": what})
 
+    def _hold(self) -> None:
+        self._held_since = now = self.clock()
+        self._busy_when_held = {to: link.busy(now) for to, link in list(self.transport.traffic.items())}
+
     def _count_hold(self) -> None:
-        if self._held_since is not None:
-            waited, self._held_since = self.clock() - self._held_since, None
-            self.totals.held_s += waited
-            self._round_held_s += waited
+        if self._held_since is None:
+            return
+        now = self.clock()
+        waited, self._held_since = now - self._held_since, None
+        self.totals.held_s += waited
+        self._round_held_s += waited
+        for to, link in list(self.transport.traffic.items()):
+            link.blocked_s += max(0.0, min(waited, link.busy(now) - self._busy_when_held.get(to, 0.0)))
 
     def _close_round(self, closed: RoundClosed) -> None:
         self._count_hold()
         self.totals.samples += closed.samples
         self.totals.loss += self._round_loss
         mean = self._round_loss / closed.samples if closed.samples else None
-        self.report(RoundRecord(self.region, closed.round, time.time(), closed.samples, mean, round(self._round_held_s, 6)))
+        held_s = round(self._round_held_s, 6)
+        self.report(RoundRecord(self.region, closed.round, time.time(), closed.samples, mean, held_s, self._links()))
         self._round_loss = self._round_held_s = 0.0
+
+    def _links(self) -> dict[str, dict[str, float]]:
+        now, links = self.clock(), {}
+        for to, link in list(self.transport.traffic.items()):
+            busy = link.busy(now)
+            sums = {"wire_bytes": link.wire_bytes, "retries": link.retries, "blocked_s": link.blocked_s, "hidden_s": busy - link.blocked_s}
+            before, self._links_before[to] = self._links_before.get(to, {}), sums
+            since = {name: round(value - before.get(name, 0), 6) for name, value in sums.items()}
+            links[to] = {**since, "rtt_s": round(link.rtt_s, 6), "bytes_per_s": round(link.bytes_per_s)}
+        return links
 
     def drain(self) -> None:
         """Wait until the peers have acknowledged everything; the segment's own end says that they will."""

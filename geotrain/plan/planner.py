@@ -6,7 +6,7 @@ from math import ceil
 from typing import Any
 
 from geotrain.data.inventory import Inventory
-from geotrain.job import JobSpec, Streaming
+from geotrain.job import JobSpec, LinkSpec, Streaming
 from geotrain.plan.bits import BYTES_PER_NUMBER, Bits, choose_bits, choose_push_bits
 from geotrain.plan.links import Exchange, best_owner, merge_exchange, push_exchange, shares_by_bandwidth, transfer_s
 from geotrain.plan.power import Allocation, Offer, cheapest, compute, everything, load_power, usd_per_hour
@@ -14,6 +14,7 @@ from geotrain.sync.messages import View
 from geotrain.sync.pace import balanced, compass, rounds_per_epoch
 from geotrain.sync.strategy import Chosen, Merging, Pushing, Strategy, provisional, strategy_of
 from geotrain.sync.topology import targets
+from geotrain.wan.timing import first_patience_s
 
 TRANSFER_MARGIN = 10.0
 """A peer is given up when it stays unreachable for this many times as long as an update takes, and at least a minute."""
@@ -75,6 +76,8 @@ class Plan:
     """The exchange runs beside compute."""
     give_up_s: float
     """Derived: how long a peer may stay unreachable."""
+    patience_s: dict[str, float]
+    """Derived, per directed link (`tokyo>virginia`): how long a part may go unanswered, until the link is measured."""
     seconds: float
     usd: float
     wan_bytes: int
@@ -182,12 +185,17 @@ def make_plan(job: JobSpec, inventory: Mapping[str, Inventory], offers: Mapping[
         round_s=draft.round_s,
         exchange_s=draft.exchange.seconds,
         hidden=_hides(draft.strategy),
+        patience_s={f"{a}>{b}": _patience_s(job.link(a, b)) for a in names for b in names if a != b} if len(names) < 50 else {},
         give_up_s=max(60.0, TRANSFER_MARGIN * slowest_s),
         seconds=draft.seconds + final_s,
         usd=draft.usd + final.usd,
         wan_bytes=draft.rounds * sum(draft.exchange.bytes.values()) + sum(final.bytes.values()),
         alternatives=_rejected(job, draft, other),
     )
+
+
+def _patience_s(link: LinkSpec) -> float:
+    return first_patience_s(link.rtt_ms / 1000, link.mbit_per_s * 1e6 / 8)
 
 
 def _shares(job: JobSpec, names: Sequence[str], payload_bytes: int) -> dict[str, float]:

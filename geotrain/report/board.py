@@ -35,6 +35,23 @@ class RegionRow:
         return sum(rows for _, rows in window[1:]) / span if span > 0 else None
 
 
+def link_rows(links: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What people are shown of every directed link; the busiest first."""
+    rows = [
+        {
+            "link": f"{source} > {target}",
+            "wire_bytes": link["wire_bytes"],
+            "bytes_per_s": link["bytes_per_s"],
+            "rtt_s": link["rtt_s"],
+            "retries": link["retries"],
+            "blocked_s": round(link["blocked_s"], 3),
+            "hidden_s": round(max(0.0, link["busy_s"] - link["blocked_s"]), 3),
+        }
+        for (source, target), link in links.items()
+    ]
+    return sorted(rows, key=lambda row: (-row["wire_bytes"], row["link"]))
+
+
 class Board:
     """Region rows, the stage that the run is in, and since when."""
 
@@ -48,6 +65,8 @@ class Board:
         self.rounds: int | None = None
         """Planned."""
         self.metrics: dict[str, float] = {}
+        self.links: dict[tuple[str, str], Mapping[str, Any]] = {}
+        """(from, to) -> its counters, as its sender told last."""
         self.stages: list[tuple[str, float]] = [("starting", 0.0)]
         """(stage, seconds after `began`)."""
         self._lock = threading.RLock()
@@ -74,7 +93,9 @@ class Board:
                 row.recent.append((record["at"], record["samples"]))
                 if self.first_step_at is None:
                     self.first_step_at = self.clock() - self.began
-            row.wire_bytes = message.get("wire_bytes", row.wire_bytes)
+            for to, link in message.get("links", {}).items():
+                self.links[region, to] = link
+            row.wire_bytes = sum(link["wire_bytes"] for (source, _), link in self.links.items() if source == region)
 
     def snapshot(self) -> dict[str, Any]:
         with self._lock:
@@ -97,4 +118,5 @@ class Board:
                 "rounds": self.rounds,
                 "metrics": dict(self.metrics),
                 "regions": rows,
+                "links": link_rows(self.links),
             }

@@ -1,6 +1,6 @@
 """The live table in a terminal, and the tables before and after a run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -9,7 +9,8 @@ from rich.text import Text
 
 from geotrain.plan.planner import Plan
 from geotrain.report.board import Board
-from geotrain.report.words import count, duration, money, size
+from geotrain.report.words import count, duration, money, rate, size
+from geotrain.wan.timing import PART_BYTES
 
 CODECS = ("bf16", "int8", "int4")
 """What `codec: auto` chooses from, as geotrain.plan.bits numbers them."""
@@ -40,7 +41,27 @@ class LiveView:
                 duration(row["held_s"]),
             )
         metrics = "   ".join(f"{name} {value:.4f}" for name, value in state["metrics"].items())
-        return Group(Text(f"{duration(state['seconds'])}  {state['stage']}   {metrics}", style="cyan"), table)
+        head = Text(f"{duration(state['seconds'])}  {state['stage']}   {metrics}", style="cyan")
+        return Group(head, table, links_table(state["links"])) if state["links"] else Group(head, table)
+
+
+def links_table(rows: Sequence[Mapping[str, Any]], most: int = 8) -> RenderableType:
+    """Per directed link what it carried and how; the busiest."""
+    table = Table(expand=False, title=f"the {most} busiest of {len(rows)} links" if len(rows) > most else None, title_justify="left")
+    table.add_column("link", style="bold")
+    for title in ("sent", "goodput", "round trip", "retries", "blocked", "hidden"):
+        table.add_column(title, justify="right", min_width=8)
+    for row in rows[:most]:
+        table.add_row(
+            row["link"],
+            size(row["wire_bytes"]),
+            rate(row["bytes_per_s"]) if row["bytes_per_s"] else "-",
+            f"{1000 * row['rtt_s']:.0f} ms" if row["rtt_s"] else "-",
+            str(row["retries"]),
+            duration(row["blocked_s"]),
+            duration(row["hidden_s"]),
+        )
+    return table
 
 
 def plan_table(plan: Plan) -> RenderableType:
@@ -65,9 +86,18 @@ def plan_table(plan: Plan) -> RenderableType:
         _chosen(plan),
         f"predicted: {duration(plan.seconds)}, {money(plan.usd)}, {size(plan.wan_bytes)} over the WAN; "
         f"a peer is given up after {duration(plan.give_up_s)} out of reach",
+        f"a part of {size(PART_BYTES)} goes again when it is unanswered for {_patience(plan)}",
     ]
     lines += [f"rejected: {other.what}: {duration(other.seconds)}, {money(other.usd)} ({other.why_not})" for other in plan.alternatives]
     return Group(table, *[Text(line) for line in lines])
+
+
+def _patience(plan: Plan) -> str:
+    """From the link that is soon impatient to the one that is patient; measured from the first parts on."""
+    times = sorted(plan.patience_s.values())
+    if not times:
+        return "ever: there is nobody to send to"
+    return duration(times[0]) if times[0] == times[-1] else f"{duration(times[0])} to {duration(times[-1])}, by the link"
 
 
 def _mergers(plan: Plan) -> str:

@@ -12,7 +12,8 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from geotrain.plan.planner import Plan
-from geotrain.report.words import count, duration, money, size
+from geotrain.report.board import link_rows
+from geotrain.report.words import count, duration, money, rate, size
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -48,7 +49,7 @@ def loss_chart(rounds: Iterable[Mapping[str, Any]], metrics: Iterable[Mapping[st
 def html(summary: Mapping[str, Any], plan: Plan, chart: str, events: Iterable[Mapping[str, Any]]) -> str:
     """The page."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"duration": duration, "money": money, "size": size, "count": count}
+    environment.filters |= {"duration": duration, "money": money, "size": size, "count": count, "rate": rate}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(summary=summary, plan=plan, chart=chart, events=list(events))
 
@@ -62,6 +63,11 @@ def markdown(summary: Mapping[str, Any], chart: str) -> str:
     regions = [
         f"| {r['region']} | {count(r['samples'])} | {r['seconds']:.1f} | {r['held_s']:.1f} | {size(r['wire_bytes'])} |"
         for r in summary["regions"]
+    ]
+    links = [
+        f"| {row['link']} | {size(row['wire_bytes'])} | {rate(row['bytes_per_s'])} | {1000 * row['rtt_s']:.0f} | {row['retries']} "
+        f"| {row['blocked_s']:.1f} | {row['hidden_s']:.1f} |"
+        for row in link_rows({(link["source"], link["target"]): link for link in summary["links"]})
     ]
     held_out = ", ".join(f"**{name} {value:.4f}**" for name, value in summary["metrics"].items()) or "no held-out data"
     image = base64.b64encode(chart.encode()).decode()
@@ -77,6 +83,10 @@ def markdown(summary: Mapping[str, Any], chart: str) -> str:
             "| region | samples | seconds | waited, s | sent over the WAN |",
             "|---|---|---|---|---|",
             *regions,
+            "",
+            "| link | sent | goodput | round trip, ms | retries | blocked, s | hidden, s |",
+            "|---|---|---|---|---|---|---|",
+            *links,
             "",
             f"![loss](data:image/svg+xml;base64,{image})",
         ]

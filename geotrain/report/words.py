@@ -19,6 +19,11 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def rate(bytes_per_s: float) -> str:
+    """93.4 Mbit/s."""
+    return f"{bytes_per_s * 8e-6:.1f} Mbit/s"
+
+
 def money(usd: float) -> str:
     return f"${usd:,.2f}" if usd >= 1 else f"${usd:.5f}"
 

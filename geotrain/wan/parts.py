@@ -9,7 +9,6 @@ import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import ceil
 from typing import Any, Literal
 
 import numpy as np
@@ -18,19 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from geotrain.sync.messages import Update
-from geotrain.wan.transport import Delivery, header_of, update_of
+from geotrain.wan.timing import PART_BYTES
+from geotrain.wan.transport import Delivery, Once, header_of, update_of
 
 Bytes = NDArray[np.uint8]
 AHEAD = 256
 """Updates that a sender may be ahead of the first that is not whole; more is no honest sender's."""
-REMEMBERED = 4096
-"""Keys of delivered updates that are remembered, per origin, to know a copy that a sender's next life sends."""
-PART_BYTES = 2**19
-PER_CONNECTION = 6 * PART_BYTES
-"""Bytes under way on one connection: less than the kernel's default send buffer of 4 MB holds."""
-MOST_CONNECTIONS = 8
-K = 4.0
-"""A part is missing when its answer is so many times later than expected [ours]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +95,10 @@ class Assembler:
         self.largest, self.room, self.deliver = largest, max(room, largest), deliver
         self.held = 0
         """Bytes of assemblies, and of updates that are whole and not taken."""
+        self.waiting = 0
+        """Bytes of updates that were handed over and are not taken: only the caller's taking makes room of them."""
         self._origins: dict[str, _Origin] = {}
-        self._known: dict[str, deque[tuple[Any, ...]]] = {}
+        self._once = Once()
 
     def begin(self, part: Part) -> Bytes | Answer:
         """The memory to fill, or the answer where nothing is to be filled. Raises ValueError for what no honest sender sends."""
@@ -119,7 +113,7 @@ class Assembler:
             return "have"
         assembly = origin.assemblies.get(part.number)
         if assembly is None:
-            if self.held and self.held + part.size > self.room and part.number != origin.next:
+            if self._has_no_room(part.size, first=part.number == origin.next):
                 return "later"
             assembly = origin.assemblies[part.number] = _Assembly(part.update, np.empty(part.size, dtype=np.uint8))
             self.held += part.size
@@ -128,6 +122,11 @@ class Assembler:
         if part.offset in assembly.filled:
             return "have"
         return assembly.memory[part.offset : part.offset + part.length]
+
+    def _has_no_room(self, size: int, *, first: bool) -> bool:
+        """What is to be handed over next need not wait for later updates that are here already: those wait for it."""
+        taken = self.waiting if first else self.held
+        return bool(taken) and taken + size > self.room
 
     def _origin(self, part: Part) -> _Origin:
         name = part.update.origin
@@ -168,17 +167,22 @@ class Assembler:
         return "taken"
 
     def _hand_over(self, name: str, origin: _Origin) -> None:
-        known = self._known.setdefault(name, deque(maxlen=REMEMBERED))
         while (delivery := origin.whole.pop(origin.next, None)) is not None:
             origin.next += 1
-            if delivery.update.key in known:
+            if self._once.first(delivery.update):
+                self.waiting += delivery.payload.numel()
+                self.deliver(delivery)
+            else:
                 self.held -= delivery.payload.numel()
-                continue
-            known.append(delivery.update.key)
-            self.deliver(delivery)
+
+    @property
+    def full(self) -> bool:
+        """There is no room for another update of the largest size until some are taken."""
+        return bool(self.waiting) and self.waiting + self.largest > self.room
 
     def took(self, delivery: Delivery) -> None:
         """A delivery was taken out of the inbox."""
+        self.waiting -= delivery.payload.numel()
         self.held -= delivery.payload.numel()
 
 
@@ -253,11 +257,19 @@ class Outbox:
     def pending_bytes(self) -> int:
         return sum(outgoing.payload.size for outgoing in self._updates)
 
-    def next(self) -> Sent | None:
-        """The next part to send; None when nothing is left or the peer is too far behind."""
-        base = self._updates[0].number if self._updates else 0
+    @property
+    def base(self) -> int:
+        """The number of the first update that is not acknowledged."""
+        return self._updates[0].number if self._updates else self._numbered
+
+    def next(self, *, first_only: bool = False) -> Sent | None:
+        """The next part to send; None when nothing is left or the peer is too far behind.
+
+        `first_only`: of the first update that is not acknowledged.
+        """
+        base = self.base
         for outgoing in self._updates:
-            if outgoing.number >= base + AHEAD:
+            if outgoing.number >= base + (1 if first_only else AHEAD):
                 return None
             if (found := outgoing.cut(self.part_bytes)) is not None:
                 offset, length = found
@@ -294,84 +306,3 @@ class Outbox:
         while self._updates and self._updates[0].whole:
             done.append(self._updates.popleft())
         return done
-
-
-@dataclass(slots=True)
-class Pace:
-    """What a link is like, as its sender sees it, and what follows: how many connections, and how long to be patient."""
-
-    rtt_s: float
-    """Of a small message."""
-    bytes_per_s: float
-    """Goodput: what was acknowledged while there was something to send."""
-    measured: bool = False
-    """Else both are the plan's."""
-    completion_s: float = 0.0
-    """Smoothed time from sending a part to its answer, and its mean deviation."""
-    deviation_s: float = 0.0
-    connections: int = 0
-    _by: dict[int, tuple[int, float]] = field(default_factory=dict)
-    """Connections -> (measurements with so many, the best goodput)."""
-    _since: float | None = None
-    _bytes: int = 0
-
-    def __post_init__(self) -> None:
-        self.connections = self.connections or self._filling()
-
-    def _filling(self) -> int:
-        """Connections whose buffers hold what fills the pipe."""
-        return min(ceil(max(1.0, self.bytes_per_s * self.rtt_s / PER_CONNECTION)), MOST_CONNECTIONS)
-
-    @property
-    def parts(self) -> int:
-        """To have under way."""
-        return self.connections * PER_CONNECTION // PART_BYTES
-
-    def pinged(self, seconds: float, *, alone: bool) -> None:
-        """A small message's round trip. Measured among parts it has their queue in it: that may lower the estimate, and hardly raise it."""
-        if not self.measured or seconds < self.rtt_s:
-            self.rtt_s = seconds
-        else:
-            self.rtt_s += (0.5 if alone else 0.01) * (seconds - self.rtt_s)
-
-    def answered(self, seconds: float, length: int, now: float) -> None:
-        """A part of so many bytes was answered so long after it was sent."""
-        if not self.completion_s:
-            self.completion_s, self.deviation_s = seconds, seconds / 2
-        self.deviation_s += 0.25 * (abs(seconds - self.completion_s) - self.deviation_s)  # as RFC 6298 smooths round trips
-        self.completion_s += 0.125 * (seconds - self.completion_s)
-        if self._since is None:
-            self._since, self._bytes = now - seconds, 0
-        self._bytes += length
-        spent = now - self._since
-        if spent > 4 * self.completion_s and self._bytes >= 3 * self.parts * PART_BYTES:
-            self._measure(self._bytes / spent)
-            self._since, self._bytes = now, 0
-
-    def _measure(self, rate: float) -> None:
-        """One more connection while what one holds is what limits, or as long as the last one brought a tenth more.
-
-        A number of connections is judged by the better of two measurements: the first has their slow start in it. What was found
-        is forgotten when the link changes.
-        """
-        if self.measured and not 0.5 < rate / self.bytes_per_s < 2:
-            self._by.clear()
-        self.bytes_per_s = rate if not self.measured else self.bytes_per_s + 0.3 * (rate - self.bytes_per_s)
-        self.measured = True
-        n = self.connections
-        count, best = self._by.get(n, (0, 0.0))
-        self._by[n] = count, best = count + 1, max(rate, best)
-        if n < MOST_CONNECTIONS and rate * self.rtt_s > 0.7 * n * PER_CONNECTION:
-            self.connections = n + 1
-        elif count >= 2 and n - 1 in self._by and best < 1.1 * self._by[n - 1][1]:
-            self.connections = n - 1
-        elif count >= 2 and n + 1 not in self._by and n < MOST_CONNECTIONS:
-            self.connections = n + 1
-
-    def paused(self) -> None:
-        """Nothing is left to send: what comes next is measured from its own begin."""
-        self._since = None
-
-    def patience_s(self, parts: int) -> float:
-        """How long a part may go unanswered with so many under way: K times what is to be expected, with its deviation."""
-        return K * max(self.rtt_s + parts * PART_BYTES / self.bytes_per_s, self.completion_s + self.deviation_s)

@@ -58,6 +58,9 @@ class Shaped:
         with self._wake:
             free_at = max(now, self._free_at.get(to, now)) + line.seconds(payload.numel())
             self._free_at[to] = free_at
+            link = self.traffic.setdefault(to, LinkTraffic())
+            link.begin(time.monotonic())
+            link.rtt_s, link.bytes_per_s = line.rtt_ms / 1000, line.mbit_per_s * 1e6 / 8
             heapq.heappush(self._due, (free_at + line.delay_s, next(self._number), to, update, payload, now))
             self._wake.notify_all()
 
@@ -75,12 +78,14 @@ class Shaped:
                     self._error = error
                     self._wake.notify_all()
                     return
-                link = self.traffic.setdefault(to, LinkTraffic())
+                link = self.traffic[to]
                 link.updates += 1
                 link.payload_bytes += payload.numel()
                 link.wire_bytes += payload.numel() + HEADER_BYTES
                 link.retries = self.inner.traffic[to].retries
                 link.seconds += due_at + self.line(to).delay_s - sent_at
+                if not any(entry[2] == to for entry in self._due):
+                    link.end(time.monotonic())
                 self._wake.notify_all()
 
     def receive(self, timeout_s: float) -> Delivery | None:

@@ -1,5 +1,10 @@
 """The transport protocol: how updates travel between the leaders of regions."""
 
+import hashlib
+import queue
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -20,13 +25,34 @@ class LinkTraffic:
     seconds: float = 0.0
     """From handing over to acknowledgement, summed; waiting behind earlier updates included."""
     retries: int = 0
+    requests: int = 0
+    """To the mailbox, for this peer: what is written for it and what it wrote."""
     rtt_s: float = 0.0
-    """The last measured round trip of a small message; 0 where none was measured."""
+    """The last measured round trip of a small message, or of a small request to the mailbox; 0 where none was measured."""
     bytes_per_s: float = 0.0
     """Goodput of late, while there was something to send."""
+    busy_s: float = 0.0
+    """Time with something to send."""
+    blocked_s: float = 0.0
+    """The part of it in which this region made no inner step; the rest was hidden behind compute."""
+    busy_since: float | None = None
+
+    def begin(self, now: float) -> None:
+        """There is something to send."""
+        if self.busy_since is None:
+            self.busy_since = now
+
+    def end(self, now: float) -> None:
+        """All is acknowledged."""
+        self.busy_s, self.busy_since = self.busy(now), None
+
+    def busy(self, now: float) -> float:
+        return self.busy_s + (now - self.busy_since if self.busy_since is not None else 0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        facts = asdict(self)
+        del facts["busy_since"]
+        return facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +62,97 @@ class Delivery:
     update: Update
     payload: Tensor
     """[wire_bytes] uint8 on the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who an endpoint is, and what it asks of those that send to it."""
+
+    run: str
+    region: str
+    token: str
+    """Of the run; nobody else knows it."""
+    model: str
+    """Digest of the model's fingerprint."""
+    life: int
+    """Higher than that of any endpoint that this region had in this run."""
+    regions: frozenset[str]
+    """Of the job: nobody else is listened to."""
+    largest_payload: int
+    """Bytes; what announces more is refused."""
+
+
+def model_digest(fingerprint: Mapping[str, str]) -> str:
+    """SHA-256 of {name: shape and dtype}, hex."""
+    return hashlib.sha256("\n".join(f"{name} {what}" for name, what in sorted(fingerprint.items())).encode()).hexdigest()
+
+
+class Inbox:
+    """What came and is not taken yet, and what was refused. Transports of one endpoint share it."""
+
+    KINDS_OF_REFUSAL = 1000
+    """More are counted together, so that nobody can fill the memory."""
+
+    def __init__(self) -> None:
+        self.refused: Counter[tuple[str, str]] = Counter()
+        """(who, why) -> how often."""
+        self._told: Counter[tuple[str, str]] = Counter()
+        self._arrived: queue.Queue[tuple[Delivery, Callable[[Delivery], None]]] = queue.Queue()
+        self._lock = threading.Lock()
+
+    @property
+    def waiting(self) -> int:
+        """Updates that came and are not taken."""
+        return self._arrived.qsize()
+
+    def put(self, delivery: Delivery, taken: Callable[[Delivery], None]) -> None:
+        """`taken`: called in the thread that takes it."""
+        self._arrived.put((delivery, taken))
+
+    def get(self, timeout_s: float) -> Delivery | None:
+        try:
+            delivery, taken = self._arrived.get(block=timeout_s > 0, timeout=timeout_s or None)
+        except queue.Empty:
+            return None
+        taken(delivery)
+        return delivery
+
+    def refuse(self, who: str, why: str) -> str:
+        """Count it; returns `why`, shortened."""
+        key = (who[:100], why[:300])
+        with self._lock:
+            if key not in self.refused and len(self.refused) >= self.KINDS_OF_REFUSAL:
+                key = ("others", "much else")
+            self.refused[key] += 1
+        return key[1]
+
+    def news(self) -> list[dict[str, Any]]:
+        """What was refused since the last time: {from, reason, times}."""
+        with self._lock:
+            new = self.refused - self._told
+            self._told = self.refused.copy()
+        return [{"from": who, "reason": why, "times": times} for (who, why), times in new.items()]
+
+
+class Once:
+    """Knows the keys of what was handed over, so that a copy that a sender's next life sends is known as one."""
+
+    REMEMBERED = 4096
+    """Per origin."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[set[tuple[Any, ...]], deque[tuple[Any, ...]]]] = {}
+
+    def first(self, update: Update) -> bool:
+        """Whether it is new; from then on it is known."""
+        known, order = self._known.setdefault(update.origin, (set(), deque()))
+        if update.key in known:
+            return False
+        known.add(update.key)
+        order.append(update.key)
+        if len(order) > self.REMEMBERED:
+            known.remove(order.popleft())
+        return True
 
 
 class Transport(Protocol):

@@ -4,48 +4,143 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
+import s3fs
 import torch
 
 from geotrain.errors import PeerUnreachable, UpdateRefused
+from geotrain.job import Mailbox, SecurityFiles
 from geotrain.sync.messages import Kind, Update
+from geotrain.wan import certs
 from geotrain.wan.flight import FlightTransport
+from geotrain.wan.mailbox import MailboxTransport
 from geotrain.wan.memory import Exchange, MemoryTransport
+from geotrain.wan.routed import Routed
 from geotrain.wan.shaped import Line, Shaped
-from geotrain.wan.transport import Transport
+from geotrain.wan.transport import Identity, Inbox, Transport
 
 LARGEST = 20_000_000
+
+
+@dataclass(frozen=True)
+class Where:
+    """What a transport may need."""
+
+    folder: Path
+    ca: Path
+    bucket: str
+
+
 Pair = tuple[Transport, Transport]
 
 
-def memory(stack: ExitStack) -> Pair:
+def identity(region: str, largest: int | None = None, **changes: Any) -> Identity:
+    return replace(Identity("run", region, "secret", "model", 1, frozenset("abc"), largest or LARGEST), **changes)
+
+
+@pytest.fixture(scope="session")
+def ca(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ca")
+    certs.make_ca(folder)
+    for name in "abc":
+        certs.make_region(folder, name)
+    return folder
+
+
+def credentials(ca: Path, region: str) -> certs.Credentials:
+    return certs.load(region, SecurityFiles(ca=str(ca / "ca.pem"), cert=str(ca / f"{region}.pem"), key=str(ca / f"{region}.key")))
+
+
+def memory(where: Where) -> Pair:
     exchange = Exchange()
     return MemoryTransport("a", exchange), MemoryTransport("b", exchange)
 
 
-def flight(stack: ExitStack) -> Pair:
+def flight(where: Where, *, tls: bool = False, **more: Any) -> tuple[FlightTransport, FlightTransport]:
     peers: dict[str, str] = {}
-    pair = tuple(FlightTransport(name, "127.0.0.1:0", peers, token="secret", largest_payload=LARGEST, give_up_s=1.0) for name in "ab")
-    peers.update(a=pair[0].address, b=pair[1].address)
-    return pair  # type: ignore[return-value]
+    a, b = (
+        FlightTransport(
+            identity(name), "127.0.0.1:0", peers, credentials=credentials(where.ca, name) if tls else None, **{"give_up_s": 1.0, **more}
+        )
+        for name in "ab"
+    )
+    peers.update(a=a.address, b=b.address)
+    return a, b
 
 
-def shaped(inner: Callable[[ExitStack], Pair]) -> Callable[[ExitStack], Pair]:
-    def make(stack: ExitStack) -> Pair:
-        a, b = inner(stack)
+def tls(where: Where) -> Pair:
+    return flight(where, tls=True)
+
+
+def mailbox(where: Where, url: str | None = None, *, signed: bool = False) -> tuple[MailboxTransport, MailboxTransport]:
+    peers: dict[str, str] = {}
+    box = Mailbox(url=url or str(where.folder / "box"))
+    a, b = (
+        MailboxTransport(
+            identity(name), box, peers, {"a": box, "b": box}, credentials=credentials(where.ca, name) if signed else None, give_up_s=10
+        )
+        for name in "ab"
+    )
+    peers.update(a=a.address, b=b.address)
+    a.listen("b")
+    b.listen("a")
+    return a, b
+
+
+def signed_mailbox(where: Where) -> Pair:
+    return mailbox(where, signed=True)
+
+
+def s3_mailbox(where: Where) -> Pair:
+    return mailbox(where, f"s3://{where.bucket}/{where.folder.name}")
+
+
+def mixed(where: Where) -> Pair:
+    """From a to b directly, back through the mailbox."""
+    direct, boxed = flight(where), mailbox(where)
+    ends = []
+    for name, way, one, other in zip("ab", ("flight", "mailbox"), direct, boxed, strict=True):
+        inbox = Inbox()
+        one.inbox = other.inbox = inbox
+        ends.append(Routed(name, {"flight": one, "mailbox": other}, inbox, lambda to, way=way: way))  # type: ignore[misc]
+    return ends[0], ends[1]
+
+
+def shaped(inner: Callable[[Where], Pair]) -> Callable[[Where], Pair]:
+    def make(where: Where) -> Pair:
+        a, b = inner(where)
         return Shaped(a, lambda to: Line(2000, 4)), Shaped(b, lambda to: Line(2000, 4))
 
     return make
 
 
-KINDS = {"memory": memory, "flight": flight, "shaped memory": shaped(memory), "shaped flight": shaped(flight)}
+KINDS = {
+    "memory": memory,
+    "flight": flight,
+    "flight with TLS": tls,
+    "mailbox": mailbox,
+    "signed mailbox": signed_mailbox,
+    "mailbox on S3": s3_mailbox,
+    "mixed": mixed,
+    "shaped memory": shaped(memory),
+    "shaped flight": shaped(flight),
+}
+
+
+@pytest.fixture
+def where(tmp_path: Path, ca: Path, bucket: str) -> Where:
+    return Where(tmp_path, ca, bucket)
 
 
 @pytest.fixture(params=KINDS)
-def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+def pair(request: pytest.FixtureRequest, where: Where) -> Iterator[Pair]:
     with ExitStack() as stack:
-        a, b = KINDS[request.param](stack)
+        a, b = KINDS[request.param](where)
         stack.callback(a.close)
         stack.callback(b.close)
         yield a, b
@@ -113,24 +208,41 @@ def test_traffic_is_counted_per_link(pair: Pair) -> None:
     assert "a" not in a.traffic
 
 
-def test_closing_in_the_middle_leaves_no_thread() -> None:
-    for make in KINDS.values():
-        with ExitStack() as stack:
-            a, b = make(stack)
-            for round in range(5):
-                a.send("b", push(round), payload(5_000_000))
-            a.close()
-            b.close()
+@pytest.mark.parametrize("kind", KINDS)
+def test_closing_in_the_middle_leaves_no_thread_no_port_and_no_object(kind: str, where: Where) -> None:
+    before = {(c.laddr.port, c.status) for c in psutil.Process().net_connections() if c.status == "LISTEN"}
+    a, b = KINDS[kind](where)
+    for round in range(5):
+        a.send("b", push(round), payload(5_000_000))
+    a.close()
+    b.close()
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("geotrain-")]
+    after = {(c.laddr.port, c.status) for c in psutil.Process().net_connections() if c.status == "LISTEN"}
+    assert after == before
+    assert not [path for path in where.folder.rglob("*") if path.is_file()]
+    assert not s3fs.S3FileSystem(skip_instance_cache=True).find(f"{where.bucket}/{where.folder.name}")
+
+
+@pytest.mark.parametrize("kind", ["flight", "flight with TLS", "mailbox", "mailbox on S3"])
+def test_a_peer_that_does_not_take_is_not_sent_more_than_it_has_room_for(kind: str, where: Where, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.contract.test_transports.LARGEST", 1_000_000)
+    a, b = KINDS[kind](where)
+    for round in range(12):
+        a.send("b", push(round), payload(1_000_000, round))
+    assert not a.drain(1.5)
+    assert b.inbox.waiting <= 5  # type: ignore[attr-defined]
+    assert [(d := b.receive(20)) and d.update.round for _ in range(12)] == list(range(12))
+    assert a.drain(20)
+    assert a.traffic["b"].wire_bytes < 1.4 * 12_000_000
+    a.close()
+    b.close()
 
 
 # Only what goes over a network can fail like a network.
 
 
-def endpoint(
-    name: str, peers: dict[str, str], listen: str = "127.0.0.1:0", token: str = "secret", give_up_s: float = 20.0
-) -> FlightTransport:
-    made = FlightTransport(name, listen, peers, token=token, largest_payload=1_000_000, give_up_s=give_up_s)
+def endpoint(name: str, peers: dict[str, str], listen: str = "127.0.0.1:0", give_up_s: float = 20.0, **changes: Any) -> FlightTransport:
+    made = FlightTransport(identity(name, 1_000_000, **changes), listen, peers, give_up_s=give_up_s)
     peers[name] = made.address
     return made
 
@@ -143,7 +255,7 @@ def test_a_peer_that_comes_late_gets_everything_once() -> None:
     for round in range(5):
         a.send("b", push(round), payload(1000, round))
     time.sleep(0.5)
-    b = endpoint("b", peers, listen=address)
+    b = endpoint("b", peers, listen=address, life=2)
     assert [(d := b.receive(20)) and d.update.round for _ in range(5)] == list(range(5))
     assert a.drain(20)
     assert a.traffic["b"].retries > 0
@@ -186,15 +298,162 @@ def test_an_update_for_another_region_is_refused() -> None:
     b.close()
 
 
-@pytest.mark.parametrize(("token", "size", "why"), [("wrong", 10, "wrong run token"), ("secret", 2_000_000, "at most 1000000")])
-def test_what_does_not_belong_here_is_refused_for_good(token: str, size: int, why: str) -> None:
+REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
+    "another token": ({"token": "wrong"}, 10, "wrong run token"),
+    "another model": ({"model": "other"}, 10, "another model"),
+    "a stranger": ({"region": "z"}, 10, "no other region of this job"),
+    "more than this model has": ({}, 2_000_000, "at most 1000000"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_belong_here_is_refused_for_good(case: str) -> None:
+    changes, size, why = dict(REFUSED[case][0]), *REFUSED[case][1:]
     peers: dict[str, str] = {}
-    a, b = endpoint("a", peers, token=token), endpoint("b", peers)
-    a.send("b", push(0), payload(size))
+    a, b = endpoint(changes.pop("region", "a"), peers, **changes), endpoint("b", peers)
+    a.send("b", push(0, a.region), payload(size))
     with pytest.raises(UpdateRefused, match=why):
         for _ in range(100):
             a.receive(0.1)
-    assert any(why in reason for reason in b.refused)
+    (told,) = b.inbox.news()
+    assert why in told["reason"]
+    assert told["times"] >= 1
+    assert b.inbox.news() == []
     assert b.receive(0) is None
+    a.close()
+    b.close()
+
+
+def test_a_region_cannot_speak_for_another(where: Where) -> None:
+    """c holds a good certificate and the token, and calls itself a."""
+    peers: dict[str, str] = {}
+    b = FlightTransport(identity("b"), "127.0.0.1:0", peers, credentials=credentials(where.ca, "b"))
+    peers["b"] = b.address
+    c = FlightTransport(identity("a"), "127.0.0.1:0", peers, credentials=credentials(where.ca, "c"))
+    c.send("b", push(0, "a"), payload(10))
+    with pytest.raises(UpdateRefused, match="certificate of c does not speak for a"):
+        for _ in range(100):
+            c.receive(0.1)
+    assert b.receive(0) is None
+    b.close()
+    c.close()
+
+
+@pytest.mark.parametrize("who", ["another CA", "nobody", "plain text"])
+def test_who_has_no_certificate_of_the_ca_does_not_get_in(who: str, where: Where, tmp_path: Path) -> None:
+    peers: dict[str, str] = {}
+    b = FlightTransport(identity("b"), "127.0.0.1:0", peers, credentials=credentials(where.ca, "b"))
+    peers["b"] = b.address
+    own = None
+    if who != "plain text":
+        certs.make_ca(tmp_path / "other")
+        certs.make_region(tmp_path / "other", "a")
+        own = credentials(tmp_path / "other", "a")
+        if who == "nobody":  # trusts b, but shows a certificate that b does not trust
+            own = replace(own, ca=credentials(where.ca, "b").ca)
+    a = FlightTransport(identity("a"), "127.0.0.1:0", peers, credentials=own, give_up_s=0.3)
+    a.send("b", push(0), payload(10))
+    with pytest.raises(PeerUnreachable):
+        for _ in range(100):
+            a.receive(0.1)
+    assert b.receive(0) is None
+    a.close()
+    b.close()
+
+
+def test_a_renewed_certificate_is_used_on_the_same_port(where: Where) -> None:
+    a, b = flight(where, tls=True, give_up_s=20.0)
+    a.send("b", push(0), payload(1000))
+    assert a.drain(10)
+    address = b.address
+    certs.make_region(where.ca, "b", days=30)
+    renewed = credentials(where.ca, "b")
+    b.renew(renewed)
+    assert b.address == address
+    a.send("b", push(1), payload(1000))
+    assert [(d := b.receive(10)) and d.update.round for _ in range(2)] == [0, 1]
+    a.close()
+    b.close()
+
+
+FORGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "cut off": (lambda content: content[:-1], "damaged"),
+    "one bit": (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "damaged"),
+    "header": (lambda content: content.replace(b'"number": 0', b'"number": 9'), "seal"),
+    "no header": (lambda content: b"x" * 100, "no sealed object"),
+    "nothing": (lambda content: b"", "no sealed object"),
+    "petabyte": (lambda content: content.replace(b'"size": 10', b'"size": 1000000000000000'), "seal"),
+}
+
+
+class Kept:
+    """A box that keeps what is written to itself."""
+
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+
+    def write(self, content: bytes, *names: str) -> None:
+        self.written.append(content)
+
+    def remove_all(self) -> None: ...
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_what_somebody_else_writes_into_a_mailbox_is_refused_and_the_right_one_is_taken(case: str, where: Where) -> None:
+    forge, why = FORGED[case]
+    a, b = mailbox(where)
+    path = where.folder / "box/run/a/1/to-b/1/0.0"
+    b.peers = {"a": a.address}
+    a.box = kept = Kept()  # type: ignore[assignment]
+    a.send("b", push(0), payload(10))
+    while not kept.written:
+        time.sleep(0.01)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(forge(kept.written[0]))
+    until = time.monotonic() + 10
+    while not (told := b.inbox.news()) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert told[0]["from"] == "a"
+    assert why in told[0]["reason"]
+    path.write_bytes(kept.written[0])
+    got = b.receive(10)
+    assert got is not None
+    assert torch.equal(got.payload, payload(10))
+    a.close()
+    b.close()
+
+
+def test_a_mailbox_signed_by_another_region_is_refused(where: Where) -> None:
+    """c knows the token, and writes as a."""
+    box = Mailbox(url=str(where.folder / "box"))
+    peers: dict[str, str] = {}
+    b = MailboxTransport(identity("b"), box, peers, {"a": box}, credentials=credentials(where.ca, "b"))
+    c = MailboxTransport(identity("a"), box, peers, {"b": box}, credentials=credentials(where.ca, "c"))
+    peers.update(a=c.address, b=b.address)
+    b.listen("a")
+    c.send("b", push(0), payload(10))
+    until = time.monotonic() + 10
+    while not (told := b.inbox.news()) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert "it is for c, not for a" in told[0]["reason"]
+    b.close()
+    c.close()
+
+
+def test_a_mailbox_reader_that_comes_back_gets_what_was_not_acknowledged(where: Where) -> None:
+    box = Mailbox(url=str(where.folder / "box"))
+    peers: dict[str, str] = {}
+    a = MailboxTransport(identity("a"), box, peers, {"b": box})
+    b = MailboxTransport(identity("b"), box, peers, {"a": box})
+    peers.update(a=a.address, b=b.address)
+    a.send("b", push(0), payload(9_000_000))
+    time.sleep(0.3)
+    b.close()
+    b = MailboxTransport(identity("b", life=2), box, peers, {"a": box})
+    peers["b"] = b.address
+    b.listen("a")
+    a.send("b", push(1), payload(10))
+    assert [(d := b.receive(10)) and d.update.round for _ in range(2)] == [0, 1]
+    assert a.drain(10)
     a.close()
     b.close()

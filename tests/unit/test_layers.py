@@ -26,6 +26,8 @@ SAME_LAYER_ALLOWED = {
     ("registry", "checkpoint"),  # both write whole objects to a URL
     ("report", "checkpoint"),
     ("report", "plan"),  # it shows a plan
+    ("plan", "wan"),  # how a link is timed
+    ("report", "wan"),
 }
 ONLY_IN = {
     "prefect": {"flows", "tasks"},

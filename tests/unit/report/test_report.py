@@ -8,6 +8,7 @@ from geotrain.report.folder import RunFolder, list_runs, new_run_id
 from geotrain.report.page import loss_chart
 from geotrain.report.state import state_of
 from geotrain.report.words import duration, money, size
+from geotrain.wan.transport import LinkTraffic
 from tests.making import points_job
 
 
@@ -15,11 +16,15 @@ def record(region: str, round: int, at: float, samples: int = 10, loss: float | 
     return {"region": region, "round": round, "at": at, "samples": samples, "loss": loss, "held_s": 0.5}
 
 
+def link(wire_bytes: int) -> dict[str, object]:
+    return {**LinkTraffic(wire_bytes=wire_bytes).to_dict()}
+
+
 def test_the_board_adds_up_what_leaders_report() -> None:
     clock = iter(range(1000))
     board = Board(("north", "south"), clock=lambda: float(next(clock)))
-    board.heard("north", {"rounds": [record("north", 0, 1.0), record("north", 1, 2.0, loss=0.5)], "wire_bytes": 99})
-    board.heard("north", {"rounds": [record("north", 2, 3.0, samples=0, loss=None)], "wire_bytes": 120})
+    board.heard("north", {"rounds": [record("north", 0, 1.0), record("north", 1, 2.0, loss=0.5)], "links": {"south": link(99)}})
+    board.heard("north", {"rounds": [record("north", 2, 3.0, samples=0, loss=None)], "links": {"south": link(100), "west": link(20)}})
     row = board.snapshot()["regions"][0]
     assert (row["rounds"], row["samples"], row["loss"], row["wire_bytes"], row["held_s"]) == (3, 20, 0.5, 120, 1.5)
     assert row["samples_per_s"] == pytest.approx(10 / 2)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from geotrain.sync.messages import Kind, Update
-from geotrain.wan.parts import AHEAD, PART_BYTES, Assembler, Outbox, Pace, Part, Sent
+from geotrain.wan.parts import AHEAD, Assembler, Outbox, Part, Sent
+from geotrain.wan.timing import PART_BYTES, LinkTiming
 from geotrain.wan.transport import Delivery
 
 
@@ -109,7 +110,7 @@ def test_a_sender_that_begins_again_sends_nothing_twice() -> None:
         receiver.take(late)
 
 
-def test_a_receiver_without_room_asks_to_wait_and_never_for_what_is_next() -> None:
+def test_a_receiver_without_room_asks_to_wait_until_some_is_taken_but_what_is_next_waits_for_nothing_else() -> None:
     receiver, outbox = Receiver(room=100), outbox_of(1)
     for round in range(3):
         outbox.put(push(round), payload(60, round), 0.0)
@@ -121,6 +122,8 @@ def test_a_receiver_without_room_asks_to_wait_and_never_for_what_is_next() -> No
     for sent in first[1:]:
         assert receiver.take(sent)[0] == "taken"
     assert [delivery.update.round for delivery in receiver.got] == [0]
+    assert receiver.take(second)[0] == "later"
+    receiver.assembler.took(receiver.got[0])
     assert receiver.take(second)[0] == "taken"
 
 
@@ -161,9 +164,9 @@ def test_another_update_under_the_same_number_is_refused() -> None:
         receiver.take(second)
 
 
-def pace_on(rate: Any, seconds: float, rtt: float = 0.1) -> Pace:
+def pace_on(rate: Any, seconds: float, rtt: float = 0.1) -> LinkTiming:
     """A pace after so many seconds on a link whose goodput is a function of the connections."""
-    pace, now = Pace(rtt, 1e6), 0.0
+    pace, now = LinkTiming(rtt, 1e6), 0.0
     while now < seconds:
         now += PART_BYTES / rate(pace.connections)
         pace.answered(rtt + pace.parts * PART_BYTES / rate(pace.connections), PART_BYTES, now)

@@ -1,0 +1,98 @@
+"""How a link is timed: what its sender measured, and what follows from it: connections, and patience. No seconds are set by hand."""
+
+from dataclasses import dataclass, field
+from math import ceil
+
+PART_BYTES = 2**19
+PER_CONNECTION = 6 * PART_BYTES
+"""Bytes under way on one connection: less than the kernel's default send buffer of 4 MB holds."""
+MOST_CONNECTIONS = 8
+K = 4.0
+"""A part is missing when its answer is so many times later than expected [ours]."""
+
+
+@dataclass(slots=True)
+class LinkTiming:
+    """What a link is like, as its sender sees it, and what follows: how many connections, and how long to be patient."""
+
+    rtt_s: float
+    """Of a small message."""
+    bytes_per_s: float
+    """Goodput: what was acknowledged while there was something to send."""
+    measured: bool = False
+    """Else both are the plan's."""
+    completion_s: float = 0.0
+    """Smoothed time from sending a part to its answer, and its mean deviation."""
+    deviation_s: float = 0.0
+    connections: int = 0
+    _by: dict[int, tuple[int, float]] = field(default_factory=dict)
+    """Connections -> (measurements with so many, the best goodput)."""
+    _since: float | None = None
+    _bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.connections = self.connections or self._filling()
+
+    def _filling(self) -> int:
+        """Connections whose buffers hold what fills the pipe."""
+        return min(ceil(max(1.0, self.bytes_per_s * self.rtt_s / PER_CONNECTION)), MOST_CONNECTIONS)
+
+    @property
+    def parts(self) -> int:
+        """To have under way."""
+        return self.connections * PER_CONNECTION // PART_BYTES
+
+    def pinged(self, seconds: float, *, alone: bool) -> None:
+        """A small message's round trip. Measured among parts it has their queue in it: that may lower the estimate, and hardly raise it."""
+        if not self.measured or seconds < self.rtt_s:
+            self.rtt_s = seconds
+        else:
+            self.rtt_s += (0.5 if alone else 0.01) * (seconds - self.rtt_s)
+
+    def answered(self, seconds: float, length: int, now: float) -> None:
+        """A part of so many bytes was answered so long after it was sent."""
+        if not self.completion_s:
+            self.completion_s, self.deviation_s = seconds, seconds / 2
+        self.deviation_s += 0.25 * (abs(seconds - self.completion_s) - self.deviation_s)  # as RFC 6298 smooths round trips
+        self.completion_s += 0.125 * (seconds - self.completion_s)
+        if self._since is None:
+            self._since, self._bytes = now - seconds, 0
+        self._bytes += length
+        spent = now - self._since
+        if spent > 4 * self.completion_s and self._bytes >= 3 * self.parts * PART_BYTES:
+            self._measure(self._bytes / spent)
+            self._since, self._bytes = now, 0
+
+    def _measure(self, rate: float) -> None:
+        """One more connection while what one holds is what limits, or as long as the last one brought a tenth more.
+
+        A number of connections is judged by the better of two measurements: the first has their slow start in it. What was found
+        is forgotten when the link changes.
+        """
+        if self.measured and not 0.5 < rate / self.bytes_per_s < 2:
+            self._by.clear()
+        self.bytes_per_s = rate if not self.measured else self.bytes_per_s + 0.3 * (rate - self.bytes_per_s)
+        self.measured = True
+        n = self.connections
+        count, best = self._by.get(n, (0, 0.0))
+        self._by[n] = count, best = count + 1, max(rate, best)
+        if n < MOST_CONNECTIONS and rate * self.rtt_s > 0.7 * n * PER_CONNECTION:
+            self.connections = n + 1
+        elif count >= 2 and n - 1 in self._by and best < 1.1 * self._by[n - 1][1]:
+            self.connections = n - 1
+        elif count >= 2 and n + 1 not in self._by and n < MOST_CONNECTIONS:
+            self.connections = n + 1
+
+    def paused(self) -> None:
+        """Nothing is left to send: what comes next is measured from its own begin."""
+        self._since = None
+
+    def patience_s(self, parts: int) -> float:
+        """How long a part may go unanswered with so many under way: K times what is to be expected, with its deviation."""
+        return K * max(self.rtt_s + parts * PART_BYTES / self.bytes_per_s, self.completion_s + self.deviation_s)
+
+
+def first_patience_s(rtt_s: float, bytes_per_s: float) -> float:
+    """How long a part may go unanswered on a link of which only this is believed."""
+    timing = LinkTiming(rtt_s, bytes_per_s)
+    return timing.patience_s(timing.parts)
