@@ -7,6 +7,8 @@ PART_BYTES = 2**19
 PER_CONNECTION = 6 * PART_BYTES
 """Bytes under way on one connection: less than the kernel's default send buffer of 4 MB holds."""
 MOST_CONNECTIONS = 8
+SLOW_START = 10
+"""Round trips until a new connection carries PER_CONNECTION at once: two to open it, then its window doubles from ten packets."""
 K = 4.0
 """A part is missing when its answer is so many times later than expected [ours]."""
 
@@ -88,8 +90,11 @@ class LinkTiming:
         self._since = None
 
     def patience_s(self, parts: int) -> float:
-        """How long a part may go unanswered with so many under way: K times what is to be expected, with its deviation."""
-        return K * max(self.rtt_s + parts * PART_BYTES / self.bytes_per_s, self.completion_s + self.deviation_s)
+        """How long a part may go unanswered with so many under way: K times what is to be expected, with its deviation.
+
+        A connection that is new, or was idle, first has to open its window.
+        """
+        return K * max(SLOW_START * self.rtt_s + parts * PART_BYTES / self.bytes_per_s, self.completion_s + self.deviation_s)
 
 
 def first_patience_s(rtt_s: float, bytes_per_s: float) -> float:
