@@ -1,12 +1,10 @@
 """Predicted against measured wall time: `geotrain simulate` against `geotrain run` on a shaped network, the same job for both.
 
-Needs root and a WAN emulator: WAN=path/to/wan, a Python file with the class Wan(regions, rate=, rtt=, host=); default: ../shared/wan.
-Regions are network namespaces with a Dask cluster each. Speeds, and what an update takes beside the wire, are those that the run's own
-probe measured; the links are given to the simulation as iperf3 would measure them, 0.955 of their rate.
+Needs root and a WAN emulator (bench/emulator.py). Regions are network namespaces with a Dask cluster each. Speeds, and what an update
+takes beside the wire, are those that the run's own probe measured; the links are given to the simulation as iperf3 would measure them,
+0.955 of their rate.
 """
 
-import importlib.machinery
-import importlib.util
 import json
 import os
 import signal
@@ -22,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from bench.emulator import emulator, settled
 from bench.measure import ROOT, run_job, write
 from bench.paced import write_rows
 from geotrain.job import load_job
@@ -65,23 +64,6 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 SLEEP_MS, RTT_MS = 40, 30
-
-
-def settled(seconds: float = 20.0) -> None:
-    """Wait until the interface of the emulator before is gone."""
-    until = time.monotonic() + seconds
-    while "10.77.0." in subprocess.run(["ip", "route"], check=True, capture_output=True, text=True).stdout and time.monotonic() < until:
-        time.sleep(0.2)
-
-
-def emulator() -> Any:
-    path = os.environ.get("WAN", str(ROOT.parent / "shared" / "wan"))
-    loader = importlib.machinery.SourceFileLoader("wan", path)
-    spec = importlib.util.spec_from_loader("wan", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module.Wan
 
 
 @contextmanager

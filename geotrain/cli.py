@@ -131,6 +131,40 @@ def plan(job: JobFile, set_: Overrides = None, shape: Shape = Format.text) -> No
         people.print(f"next: geotrain run {job}", style="cyan")
 
 
+@app.command()
+def doctor(job: JobFile, set_: Overrides = None, shape: Shape = Format.text) -> None:
+    """Look for what is wrong before it costs: from every region's own workers. Trains nothing.
+
+    Clusters, versions, clocks, certificates, data and columns, buckets, devices; then every directed link is dialled and measured,
+    some seconds each. `geotrain plan` and `geotrain run` believe the measured links from then on.
+    """
+    with answering(shape):
+        spec = load_job(job, parse_overrides(set_))
+        from geotrain.doctor import examine
+        from geotrain.run import Run
+
+        this = Run.start(spec)
+        with watching(this):
+            try:
+                with this:
+                    found = examine(this)
+            finally:
+                this.folder.remove()
+        if shape is Format.json:
+            tree = {"findings": [asdict(finding) for finding in found.findings], "links": {p: asdict(m) for p, m in found.links.items()}}
+            envelope("ok" if not found.exit_code else "error", found.exit_code, data=tree)
+        else:
+            from geotrain.report.live import findings_table
+
+            answers.print(findings_table([asdict(finding) for finding in found.findings]))
+            if found.kept_at:
+                answers.print(f"measured links, which the plan believes from now on: {found.kept_at}")
+            if not found.exit_code:
+                people.print(f"next: geotrain plan {job}", style="cyan")
+    if found.exit_code:
+        raise SystemExit(found.exit_code)
+
+
 def _planned(spec: Any) -> Any:
     """Locality and plan, without Prefect and without a run to keep."""
     from geotrain.run import Run
@@ -394,6 +428,47 @@ def data(
             return
         for region, number in written.items():
             answers.print(f"{folder / region}: {count(number)} rows to train on, a quarter as many held out")
+
+
+certs_app = typer.Typer(no_args_is_help=True, help="Certificates for a trial: a CA, and one for every region. Bring your own in earnest.")
+app.add_typer(certs_app, name="certs")
+CaFolder = Annotated[Path, typer.Option("--ca", help="The CA's folder.")]
+
+
+@certs_app.command("init")
+def certs_init(folder: Annotated[Path, typer.Argument(help="A folder for the CA.")] = Path("ca"), shape: Shape = Format.text) -> None:
+    """Make a CA: ca.pem goes to every region, ca.key stays here and signs."""
+    with answering(shape):
+        from geotrain.wan import certs
+
+        _told(shape, certs.make_ca(folder), f"next: geotrain certs region NAME --ca {folder}, for each region")
+
+
+@certs_app.command("region")
+def certs_region(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The region, as the job calls it.")],
+    ca: CaFolder = Path("ca"),
+    also: Annotated[list[str] | None, typer.Option("--also", metavar="HOST", help="A further DNS name, as a scheduler's.")] = None,
+    days: Annotated[int, typer.Option(min=1, help="How long it is valid.")] = 365,
+    shape: Shape = Format.text,
+) -> None:
+    """Make a region's certificate and key, or make them anew: running regions take the new ones at their next segment."""
+    with answering(shape):
+        from geotrain.wan import certs
+
+        path = certs.make_region(ca, name, also or (), days)
+        files = f"{{ca: {ca / 'ca.pem'}, cert: {path}, key: {path.with_suffix('.key')}}}"
+        _told(shape, path, f"in the job, region {name}: wan: {{listen: ..., security: {files}}}")
+
+
+def _told(shape: Format, path: Path, next_step: str) -> None:
+    files = [str(path), str(path.with_suffix(".key"))]
+    if shape is Format.json:
+        envelope("ok", 0, data={"files": files})
+        return
+    for file in files:
+        answers.print(file)
+    people.print(next_step, style="cyan", markup=False)
 
 
 @app.command()

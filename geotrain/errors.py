@@ -21,6 +21,7 @@
     │   ├── PeerUnreachable
     │   ├── CannotListen
     │   ├── UpdateRefused
+    │   ├── UpdateUnusable                 what a region sent cannot be decoded
     │   ├── BadCertificate
     │   ├── MailboxUnusable
     │   └── Diverged                       replicas that must be equal are not
@@ -172,6 +173,12 @@ class UpdateRefused(WanError):
     fields = ("region", "reason")
     says = "region {region} refused an update: {reason}"
     remedy = "both ends must run the same job and the same version of geotrain"
+
+
+class UpdateUnusable(WanError):
+    fields = ("origin", "round", "detail")
+    says = "the update of region {origin} for round {round} cannot be read: {detail}"
+    remedy = "look at {origin}'s machine and its version of geotrain: what it sent arrived as it sent it"
 
 
 class BadCertificate(WanError):

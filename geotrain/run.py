@@ -6,12 +6,12 @@ Nothing here knows Prefect, and nothing here touches a tensor.
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 from typing import Any
 
-from geotrain import checkpoint, registry
+from geotrain import checkpoint, measured, registry
 from geotrain.checkpoint import Manifest
 from geotrain.clusters import RegionCluster, open_cluster, quiet_dask
 from geotrain.data.inventory import Inventory, check_same_schema
@@ -20,8 +20,9 @@ from geotrain.job import JobSpec, RegionSpec
 from geotrain.metrics import add_sums, means
 from geotrain.partition.orders import Directory, Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder
 from geotrain.partition.partition import Control, Partition
-from geotrain.plan.planner import Plan, UpdateSize, make_plan
+from geotrain.plan.planner import Plan, UpdateSize, make_plan, replan
 from geotrain.plan.power import Offer
+from geotrain.plan.watch import LinkWatch
 from geotrain.report.board import Board
 from geotrain.report.folder import RunFolder, new_run_id
 from geotrain.report.summary import summarize
@@ -58,18 +59,21 @@ class Run:
         self._token = secrets.token_hex(16)
         self._clusters: dict[str, Future[RegionCluster]] = {}
         self._threads = ThreadPoolExecutor(max_workers=len(job.regions), thread_name_prefix="geotrain-open")
+        self._ticket = 1
+        self.watch = LinkWatch(job)
         self._flushed_at = 0.0
         self._closed = False
         self._lock = threading.Lock()
         if resumed:
-            self.plan = Plan.from_dict(folder.read_json("plan.json"))
+            self.plan = Plan.from_dict(folder.read_json("plan.json")).as_of(resumed.round)
             self.inventory = _inventories(folder.read_json("inventory.json"))
             if resumed.parent is not None and job.registry is not None:
                 self.warm_start = registry.version(job.registry.url, job.registry.model, resumed.parent)
 
     @classmethod
     def start(cls, job: JobSpec) -> "Run":
-        """A new run. Raises OutputUnwritable before anything is started."""
+        """A new run, which believes what was measured of the links. Raises OutputUnwritable before anything is started."""
+        job = measured.believed(job)
         return cls(job, RunFolder.create(job, new_run_id(job.name)))
 
     @classmethod
@@ -162,6 +166,10 @@ class Run:
         self.board.heard(region, message)
         for record in message.get("rounds", ()):
             self.folder.round(record)
+        for change in self.watch.heard(region, message.get("links", {})):
+            self.folder.event("link_changed", region=region, **change)
+            if getattr(self.job.sync, "every", None) == "auto" and self.training:
+                self.control.turn.set()
         if "event" in message:
             event = dict(message["event"])
             self.folder.event(event.pop("event"), region=region, **event)
@@ -270,30 +278,25 @@ class Run:
                         detail = f"its {what} differ" if name in mine and name in theirs else "only one of the two has it"
                         raise ModelMismatch(other.region, first.region, name, detail)
         addresses = {seat.region: seat.wan for seat in seats}
-        ways: dict[str, str] = {}
-        for tried in self.in_every_region(self._try_links, addresses):
-            ways |= tried
-        self.directory = Directory(addresses, ways)
+        tried = dict(zip([region.name for region in self.job.regions], self.in_every_region(self._try_links, addresses), strict=True))
+        self.directory = directory_of(self.job, addresses, tried)
+        for region, dialled in tried.items():
+            for to, why in dialled.items():
+                way = self.directory.ways[f"{region}>{to}"]
+                self.folder.event("link", region=region, to=to, transport=way, why=why or "the leader can dial it")
 
-    def _try_links(self, region: str, addresses: dict[str, dict[str, str]]) -> dict[str, str]:
-        """The way of every link from a region. `auto`, where there is a mailbox to fall back on: what the leader can dial, directly."""
-        wanted = {other.name: self.job.link(region, other.name).transport for other in self.job.regions if other.name != region}
-        boxed = {spec.name for spec in self.job.regions if self.job.mailbox_of(spec.name) is not None}
-        choice = [other for other, way in wanted.items() if way == "auto" and {region, other} <= boxed]
-        dialled = {other: addresses[other]["flight"] for other in choice if "flight" in addresses[other]}
-        unreachable = self.partitions[region].reach(dialled) if dialled else {}
-        for other in choice:
-            why = unreachable[other] if other in dialled else "it does not listen"
-            wanted[other] = "mailbox" if why else "flight"
-            self.folder.event("link", region=region, to=other, transport=wanted[other], why=why or "the leader can dial it")
-        return {f"{region}>{other}": "flight" if way == "auto" else way for other, way in wanted.items()}
+    def _try_links(self, region: str, addresses: dict[str, dict[str, str]]) -> dict[str, str | None]:
+        """Other region -> why the leader cannot dial it, None where it can; of the links that have a choice."""
+        choice = {other: addresses[other]["flight"] for other in others_with_a_choice(self.job, region) if "flight" in addresses[other]}
+        return self.partitions[region].reach(choice) if choice else {}
 
-    def segments_left(self) -> list[int]:
-        """Numbers of the segments still to train; they count from 1."""
+    def segments_left(self) -> Iterator[int]:
+        """Numbers of the segments still to train; they count from 1. One that ended early comes again."""
         assert self.plan is not None
         if self.resumed and self._goal_reached(self.resumed.metrics):
-            return []
-        return [s for s in range(1, self.plan.segments + 1) if self.plan.segment_end(s) > self.round]
+            return
+        while self.round < self.plan.rounds:
+            yield self.plan.segment_of(self.round)
 
     @property
     def segments(self) -> int:
@@ -304,7 +307,8 @@ class Run:
         assert self.plan is not None
         self.board.enter("training")
         self.board.status(region, "running")
-        order = SegmentOrder(segment, self.plan.segment_end(segment), self.directory, self.folder.url)
+        until = self.plan.segment_end(segment)
+        order = SegmentOrder(segment, self._ticket, until, self.plan.change_at(self.round), self.directory, self.folder.url)
         done = self.partitions[region].train(order)
         self.board.status(region, f"segment {segment} done")
         return done
@@ -336,7 +340,23 @@ class Run:
         checkpoint.prune(self.folder.url, KEEP_CHECKPOINTS)
         self.folder.event("segment", segment=segment, round=self.round, metrics=self.metrics, hashes=hashes, samples=manifest.samples)
         self.folder.flush()
+        self._ticket += 1
+        if self.control.turn.is_set():
+            self.control.turn.clear()
+            self._replan()
         return self.round >= self.plan.rounds or self._goal_reached(self.metrics)
+
+    def _replan(self) -> None:
+        """H for the links as they were measured: after the manifest, which an older plan must not contradict."""
+        assert self.plan is not None
+        believed = self.job.with_links(self.watch.measured())
+        before, self.plan = self.plan, replan(self.plan, believed, self.round)
+        if self.plan is before:
+            return
+        self.folder.write_json("plan.json", self.plan.to_dict())
+        self.board.rounds = self.plan.rounds
+        changed = {"every": [before.chosen.every, self.plan.chosen.every], "exchange_s": [before.exchange_s, self.plan.exchange_s]}
+        self.folder.event("replanned", round=self.round, rounds=self.plan.rounds, **changed)
 
     def _goal_reached(self, metrics: Mapping[str, float]) -> bool:
         goal = self.job.train.until
@@ -441,6 +461,26 @@ class Run:
 
     def has_new_data(self, since: registry.Version | None) -> bool:
         return since is None or since.watermark != self.watermark()
+
+
+def others_with_a_choice(job: JobSpec, region: str) -> list[str]:
+    """The regions to which a link from here may be direct, or go through the mailboxes that both have."""
+    boxed = {spec.name for spec in job.regions if job.mailbox_of(spec.name) is not None}
+    others = [spec.name for spec in job.regions if spec.name != region]
+    return [other for other in others if job.link(region, other).transport == "auto" and {region, other} <= boxed]
+
+
+def directory_of(job: JobSpec, addresses: dict[str, dict[str, str]], tried: Mapping[str, Mapping[str, str | None]]) -> Directory:
+    """The way of every directed link. `tried`: region -> other -> why it cannot be dialled; such links go through the mailbox."""
+    ways: dict[str, str] = {}
+    for region in addresses:
+        choice = others_with_a_choice(job, region)
+        for other in (name for name in addresses if name != region):
+            ways[f"{region}>{other}"] = way = job.link(region, other).transport
+            if way == "auto":
+                refused = other in choice and tried.get(region, {}).get(other, "it does not listen") is not None
+                ways[f"{region}>{other}"] = "mailbox" if refused else "flight"
+    return Directory(addresses, ways)
 
 
 def _inventories(tree: Mapping[str, Any]) -> dict[str, tuple[Inventory, Inventory | None]]:

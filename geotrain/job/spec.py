@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -337,6 +338,18 @@ class JobSpec(Spec):
     def mailbox_of(self, region: str) -> Mailbox | None:
         """Where a region writes updates for those that it cannot reach."""
         return self.region(region).wan.mailbox or self.mailbox
+
+    def with_links(self, measured: Mapping[str, tuple[float, float]]) -> "JobSpec":
+        """The job with what was measured, `tokyo>virginia` -> (Mbit/s, round trip in ms), in the place of what was believed."""
+        pairs = {}
+        for pair, (mbit_per_s, rtt_ms) in measured.items():
+            source, _, target = pair.partition(">")
+            believed = self.link(source, target)
+            known = {name: getattr(believed, name) for name in LinkSpec.model_fields}
+            pairs[pair] = LinkSpec(**{**known, "mbit_per_s": mbit_per_s, "rtt_ms": rtt_ms})
+        names = [region.name for region in self.regions]
+        rest = self.links or Links(**self.link(*names[:2]).model_dump())
+        return self.model_copy(update={"links": rest.model_copy(update={"pairs": {**rest.pairs, **pairs}})})
 
     def kinds_of_link(self) -> tuple[LinkSpec, ...]:
         """Every link that is unlike the others, and one of the others."""

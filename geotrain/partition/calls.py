@@ -5,5 +5,6 @@ from typing import Any
 
 
 def on_worker(name: str, *args: Any) -> Any:
-    """Call a function of geotrain.partition.seat on this worker."""
-    return getattr(importlib.import_module("geotrain.partition.seat"), name)(*args)
+    """Call a function on this worker: one of geotrain.partition.seat, or `module:name` of another module there."""
+    module, _, function = name.rpartition(":")
+    return getattr(importlib.import_module(f"geotrain.partition.{module or 'seat'}"), function)(*args)

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from geotrain.errors import BadCertificate, CannotListen
 from geotrain.job import JobSpec
-from geotrain.partition.orders import Directory, SeatOrder
+from geotrain.partition.orders import Directory
 from geotrain.wan import certs
 from geotrain.wan.flight import FlightTransport, reach
 from geotrain.wan.mailbox import MailboxTransport
@@ -19,11 +19,10 @@ from geotrain.wan.transport import Identity, Inbox, Transport
 class Endpoint:
     """Opened with a seat, introduced to the others at every segment. Raises CannotListen, BadCertificate, MailboxUnusable."""
 
-    def __init__(self, order: SeatOrder, model: str, largest_payload: int, event: Callable[[str, dict[str, Any]], None]) -> None:
-        job, region = order.job, order.region
+    def __init__(self, job: JobSpec, identity: Identity, give_up_s: float, event: Callable[[str, dict[str, Any]], None]) -> None:
+        region = identity.region
         self.job, self.region, self.event = job, region, event
-        names = frozenset(spec.name for spec in job.regions)
-        identity = Identity(order.run, region, order.token, model, order.life, names, largest_payload)
+        self.credentials: certs.Credentials | None = None
         self.credentials = self._load()
         self.inbox = Inbox()
         self.directory = Directory({}, {})
@@ -33,10 +32,10 @@ class Endpoint:
         self.mailbox: MailboxTransport | None = None
         ways = ways_of(job, region)
         if "flight" in ways:
-            self.flight = self._open_flight(identity, order.give_up_s)
+            self.flight = self._open_flight(identity, give_up_s)
             self.addresses["flight"] = job.region(region).wan.advertise or self.flight.address
         if "mailbox" in ways:
-            self.mailbox = self._open_mailbox(identity, order.give_up_s)
+            self.mailbox = self._open_mailbox(identity, give_up_s)
             self.addresses["mailbox"] = self.mailbox.address
         both = {name: transport for name, transport in (("flight", self.flight), ("mailbox", self.mailbox)) if transport is not None}
         routed = Routed(region, both, self.inbox, lambda to: self.directory.ways[f"{region}>{to}"])
@@ -48,7 +47,7 @@ class Endpoint:
         if files is None:
             return None
         own = certs.load(self.region, files)
-        if own.expires_soon():
+        if own.expires_soon() and own != self.credentials:
             self.event("certificate_expires", {"path": files.cert, "on": own.expires.isoformat()})
         return own
 

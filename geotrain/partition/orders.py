@@ -1,13 +1,14 @@
 """What the control plane tells a region's workers, and what they answer. Small values: no tensor goes this way."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from geotrain.checkpoint import StoredPart
 from geotrain.data.inventory import Inventory
 from geotrain.job import JobSpec
 from geotrain.plan.bits import Bits
 from geotrain.sync.messages import View
+from geotrain.sync.pace import PaceChange
 from geotrain.sync.strategy import Chosen
 
 
@@ -73,7 +74,11 @@ class SegmentOrder:
     """Train until a round, then write this region's part of the checkpoint."""
 
     number: int
+    ticket: int
+    """Unlike that of any other order of this run: an early end is asked of this one alone."""
     until: int
+    pace: PaceChange | None
+    """The change of H that holds in it."""
     directory: Directory
     run_url: str
     """The run folder, for this region's part of the checkpoint."""
@@ -101,6 +106,31 @@ class SegmentDone:
     """Held-out sums and counts."""
     traffic: dict[str, dict[str, Any]]
     """Per target region, since the run (or its resumption) began."""
+
+
+Verdict = Literal["ok", "warning", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One check, in one region."""
+
+    region: str
+    check: str
+    verdict: Verdict
+    what: str
+    remedy: str = ""
+    exit_code: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One directed link."""
+
+    to: str
+    transport: str
+    rtt_s: float
+    bytes_per_s: float
 
 
 @dataclass(frozen=True, slots=True)

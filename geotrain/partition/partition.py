@@ -30,6 +30,8 @@ class Control:
     def __init__(self, run: str) -> None:
         self.run = run
         self.stop = threading.Event()
+        self.turn = threading.Event()
+        """The segment is to end early, at an agreed round, and the run to go on with another plan."""
         self.abort = threading.Event()
 
 
@@ -41,8 +43,8 @@ class Partition:
         self.workers: list[str] = []
         """Addresses of the workers with a seat; the leader's first."""
         self._listener = listener
-        self._segment: int | None = None
-        """The segment under way that may still be asked to stop."""
+        self._ticket: int | None = None
+        """Of the segment under way that may still be asked to end early."""
         self.client.subscribe_topic(topic(control.run, region), self._heard)
 
     @property
@@ -57,6 +59,10 @@ class Partition:
         self.cluster.ship(self.job.code)
         answer: tuple[Inventory, Inventory | None] = self._call("reading the footers", "survey", self.job, self.region)
         return answer
+
+    def ask(self, name: str, *args: Any) -> Any:
+        """The answer of one worker's function. Raises what it raises, or ClusterError."""
+        return self._call("the examination", name, *args)
 
     def probe(self, train: Inventory, output: str) -> Probed:
         """Speed of one worker on this task. Raises TaskError, DataError, OutputUnwritable."""
@@ -78,7 +84,7 @@ class Partition:
 
     def train(self, order: SegmentOrder) -> SegmentDone:
         """One segment. Raises TaskError, WorkerLost, WanError, OutputUnwritable, or Stopped when another region failed."""
-        self._segment = order.number
+        self._ticket = order.ticket
         futures = [self._submit(worker, "train_segment", self.control.run, self.region, order) for worker in self.workers]
         done: SegmentDone = self._await(futures, f"segment {order.number}")[0]
         return done
@@ -139,9 +145,9 @@ class Partition:
         raise self._why(futures, workers or self.workers, doing)
 
     def _pass_on_stop(self) -> None:
-        if self.control.stop.is_set() and self._segment is not None:
-            segment, self._segment = self._segment, None
-            self.client.run(on_worker, "ask_stop", self.control.run, self.region, segment, workers=self.workers[:1])
+        if (self.control.stop.is_set() or self.control.turn.is_set()) and self._ticket is not None:
+            ticket, self._ticket = self._ticket, None
+            self.client.run(on_worker, "ask_stop", self.control.run, self.region, ticket, workers=self.workers[:1])
 
     def _cancel(self, futures: Sequence[Future]) -> None:
         try:

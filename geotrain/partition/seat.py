@@ -6,11 +6,13 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 from distributed import get_worker
 from distributed.worker import thread_state
+from torch import Tensor
 
 from geotrain import checkpoint
 from geotrain.data.batches import Reader, record_batches
@@ -18,6 +20,7 @@ from geotrain.data.inventory import Inventory, take_inventory
 from geotrain.data.leases import LeaseBook
 from geotrain.errors import BadCheckpoint, JobError, Stopped, TaskFailed, WorkerLost
 from geotrain.job import JobSpec
+from geotrain.partition.adapt import BitsAdapter
 from geotrain.partition.endpoint import Endpoint
 from geotrain.partition.flat import FlatModel, sha256
 from geotrain.partition.group import Alone, Directive, Group, Together
@@ -34,13 +37,13 @@ from geotrain.sync.feedback import coding_of
 from geotrain.sync.fragments import Fragment, make_fragments
 from geotrain.sync.machine import round_machine
 from geotrain.sync.messages import Kind, Update
-from geotrain.sync.pace import Pace
+from geotrain.sync.pace import Pace, pace_since
 from geotrain.sync.progress import Progress
-from geotrain.sync.replica import MergeReplica, Replica, choose_codecs, replica_of
+from geotrain.sync.replica import AnyReplica, MergeReplica, choose_codecs, replica_of
 from geotrain.sync.sparse import Table, TouchedRows
 from geotrain.sync.strategy import Merging, Pushing, Strategy, provisional, strategy_of
 from geotrain.task import TrainingTask, load_task
-from geotrain.wan.transport import model_digest
+from geotrain.wan.transport import Identity, model_digest
 
 PROBE_S = 1.0
 LARGEST_PER_ELEMENT, LARGEST_EXTRA = 8, 64
@@ -56,7 +59,7 @@ class Seat:
         self.strategy = strategy_of(job.sync, len(job.regions), order.chosen)
         self.now_in = 0
         self.stop_in = 0
-        """The segment that is under way, and the one that is to end early."""
+        """Tickets: of the order that is under way, and of the one that is to end early."""
         self.reporter = Reporter(order.run, order.region)
         self.server: ParameterServer | None = None
         self.endpoint: Endpoint | None = None
@@ -75,9 +78,11 @@ class Seat:
             self._open = stack.pop_all()
 
     def _open_endpoint(self) -> Endpoint:
-        flat = self.trainer.flat
+        order, flat = self.order, self.trainer.flat
         largest = LARGEST_PER_ELEMENT * flat.vector.numel() + LARGEST_EXTRA
-        endpoint = Endpoint(self.order, model_digest(flat.fingerprint()), largest, self.reporter.event)
+        names = frozenset(spec.name for spec in self.job.regions)
+        identity = Identity(order.run, order.region, order.token, model_digest(flat.fingerprint()), order.life, names, largest)
+        endpoint = Endpoint(self.job, identity, order.give_up_s, self.reporter.event)
         self.reporter.endpoint = endpoint
         return endpoint
 
@@ -85,16 +90,25 @@ class Seat:
         order, flat = self.order, self.trainer.flat
         pace = Pace(order.rounds_per_epoch, self.trainer.rows.steps_in)
         at = Progress(order.region, order.view, pace, first_round, steps_done, rows=order.train.rows)
+        replica = seat_replica(self.job, flat, self.strategy, order.shares, order.bits)
+        adapter = BitsAdapter(self.job, order.region, self.strategy, order.view, order.shares, order.bits, flat.parameters)
         self.server = self.trainer.server = ParameterServer(
             region=order.region,
             machine=round_machine(self.strategy, at),
-            replica=seat_replica(self.job, flat, self.strategy, order.shares, order.bits),
+            replica=replica,
             transport=self._endpoint.transport,
             alive=dask_task_alive(order.run),
             stop_wanted=lambda: self.stop_in == self.now_in,
             report=self.reporter.round,
             event=self.reporter.event,
+            after_round=lambda compute_s: self._adapt(adapter, replica, compute_s),
         )
+
+    def _adapt(self, adapter: BitsAdapter, replica: AnyReplica, compute_s: float) -> None:
+        """With `codec: auto`: bits for the links as they are now."""
+        if (changed := adapter.after_round(self._endpoint.transport.traffic, compute_s)) is not None:
+            choose_codecs(replica, changed.up, changed.down)
+            self.reporter.event("bits", {"up": adapter.names(changed.up), "down": adapter.names((changed.down,)), "why": adapter.why})
 
     @property
     def _endpoint(self) -> Endpoint:
@@ -112,7 +126,7 @@ class Seat:
 
     def segment(self, order: SegmentOrder) -> SegmentDone | None:
         """Train one segment. The leader answers; the region's other workers return None."""
-        self.now_in = order.number
+        self.now_in = order.ticket
         if self.endpoint is not None:
             self.endpoint.introduce(order.directory)
         began = time.monotonic()
@@ -120,6 +134,8 @@ class Seat:
         first: Directive | None = None
         if self.server is not None:
             self.server.alive = alive
+            if order.pace is not None:
+                self.server.machine.at.take_pace(pace_since(order.pace, self.trainer.rows.steps_in))
             first = self.server.begin(order.until)
         try:
             self.trainer.segment(first, alive)
@@ -258,7 +274,7 @@ def batch_maker(region: str, task: TrainingTask) -> Callable[[Any], Any]:
     return to_batch
 
 
-def seat_replica(job: JobSpec, flat: FlatModel, strategy: Strategy, shares: Sequence[float], bits: Bits | None) -> Replica:
+def seat_replica(job: JobSpec, flat: FlatModel, strategy: Strategy, shares: Sequence[float], bits: Bits | None) -> AnyReplica:
     """The replica of a model, cut into the strategy's fragments, with the codecs that the plan chose."""
     fragments: tuple[Fragment, ...] = ()
     if isinstance(strategy, Merging):
@@ -329,18 +345,33 @@ def probe(job: JobSpec, region: str, train: Inventory, output: str) -> Probed:
 
 
 def work_seconds(job: JobSpec, flat: FlatModel) -> float:
-    """What one transfer of a whole update takes beside the wire: produced, checked at both ends, applied. Spoils the replica."""
-    replica = replica_of(Pushing("delta", 1, 1), flat.vector, flat.parameters, coding_of(job.sync, flat.tables), len(job.regions))
-    update = Update(Kind.PUSH, 0, "", 0)
+    """What one transfer of a whole update takes beside the wire: produced, checked at both ends, applied. Spoils the replica.
+
+    A merge is two transfers: what is contributed, and what comes back.
+    """
+    strategy = strategy_of(job.sync, len(job.regions))
+    if isinstance(strategy, Merging):
+        strategy = replace(strategy, turns=1, shards=1, quorum=None)
+    replica = replica_of(strategy, flat.vector, flat.parameters, coding_of(job.sync, flat.tables), len(job.regions))
     seconds: list[float] = []
     while len(seconds) < 2 or (sum(seconds) < PROBE_S and len(seconds) < 10):  # the first takes fresh memory
         began = time.monotonic()
-        payload = replica.produce(update)
-        zlib.crc32(payload.numpy().data)
-        zlib.crc32(payload.clone().numpy().data)
+        transfers, kind = (2, Kind.CONTRIBUTION) if isinstance(strategy, Merging) else (1, Kind.PUSH)
+        update = Update(kind, 0, "", len(seconds), samples=1)
+        payload = _checked(replica.produce(update))
+        if isinstance(strategy, Merging):
+            payload = _checked(replica.merge(replace(update, kind=Kind.MERGED), [(update, payload)])[0])
         replica.apply(update, payload, 1.0)
-        seconds.append(time.monotonic() - began)
+        seconds.append((time.monotonic() - began) / transfers)
     return min(seconds)
+
+
+def _checked(payload: Tensor) -> Tensor:
+    """As a transport does it at both ends."""
+    zlib.crc32(payload.numpy().data)
+    arrived = payload.clone()
+    zlib.crc32(arrived.numpy().data)
+    return arrived
 
 
 def payload_bytes(job: JobSpec, elements: int, parameters: int) -> int:
@@ -381,10 +412,10 @@ def write_model(run: str, region: str, url: str) -> int:
     return _SEATS[run, region].write_model(url)
 
 
-def ask_stop(run: str, region: str, segment: int) -> None:
+def ask_stop(run: str, region: str, ticket: int) -> None:
     """Runs beside the segment: ask the leader to end it at the next round that all can agree on."""
     if (run, region) in _SEATS:
-        _SEATS[run, region].stop_in = segment
+        _SEATS[run, region].stop_in = ticket
 
 
 def leave(run: str, region: str) -> None:

@@ -2,13 +2,15 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, assert_never
 
 import torch
 from torch import Tensor
 
+from geotrain.errors import UpdateUnusable
 from geotrain.partition.group import Directive
 from geotrain.sync.machine import RoundMachine
 from geotrain.sync.messages import (
@@ -76,6 +78,15 @@ class Totals:
     held_s: float = 0.0
 
 
+@contextmanager
+def _naming(update: Update) -> Iterator[None]:
+    """A payload that decodes to nothing is its origin's fault. Raises UpdateUnusable."""
+    try:
+        yield
+    except ValueError as error:
+        raise UpdateUnusable(update.origin, update.round, str(error)) from error
+
+
 @dataclass
 class ParameterServer:
     """One partition's side of the exchange. All of it runs in the training thread; the transport has threads of its own."""
@@ -90,6 +101,8 @@ class ParameterServer:
     report: Callable[[RoundRecord], None]
     event: Callable[[str, dict[str, Any]], None]
     clock: Callable[[], float] = time.monotonic
+    after_round: Callable[[float], None] = lambda compute_s: None
+    """Told how long the round's inner steps took, without waiting."""
     totals: Totals = field(default_factory=Totals)
     _payloads: dict[tuple[str, int, str, int, int], Tensor] = field(default_factory=dict)
     _wake_at: list[float] = field(default_factory=list)
@@ -101,12 +114,13 @@ class ParameterServer:
     _round_loss: float = 0.0
     _round_held_s: float = 0.0
     _held_since: float | None = None
+    _closed_at: float | None = None
     _busy_when_held: dict[str, float] = field(default_factory=dict)
     _links_before: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def begin(self, until: int) -> Directive:
         """Open a segment that ends before round `until`."""
-        self.totals, self._stop_told = Totals(), False
+        self.totals, self._stop_told, self._closed_at = Totals(), False, None
         self.handle(SegmentBegins(until, self.clock()))
         if self.machine.at.held and not self.machine.at.over:
             self._hold()
@@ -210,7 +224,8 @@ class ParameterServer:
                 if update.kind is Kind.REPLICA:
                     spent.append(update)
             case Apply(update, weight):
-                self.replica.apply(update, self._payloads.pop(update.key), weight)
+                with _naming(update):
+                    self.replica.apply(update, self._payloads.pop(update.key), weight)
                 self._changed = True
             case Return(update, weight):
                 self.replica.take_back(update, self._payloads.pop(update.key), weight)
@@ -220,7 +235,8 @@ class ParameterServer:
             case Readdress(old, new):
                 self._payloads[new.key] = self._payloads.pop(old.key)
             case Adopt(update):
-                self.replica.adopt(self._payloads.pop(update.key))
+                with _naming(update):
+                    self.replica.adopt(self._payloads.pop(update.key))
                 self._changed = True
                 self.event("healed", {"round": update.round, "by": update.origin})
             case ViewBegins():
@@ -279,6 +295,10 @@ class ParameterServer:
         mean = self._round_loss / closed.samples if closed.samples else None
         held_s = round(self._round_held_s, 6)
         self.report(RoundRecord(self.region, closed.round, time.time(), closed.samples, mean, held_s, self._links()))
+        now = self.clock()
+        if self._closed_at is not None:
+            self.after_round(max(0.0, now - self._closed_at - self._round_held_s))
+        self._closed_at = now
         self._round_loss = self._round_held_s = 0.0
 
     def _links(self) -> dict[str, dict[str, float]]:

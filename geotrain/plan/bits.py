@@ -27,20 +27,34 @@ def most_bits(elements: float, link_s: Sequence[tuple[LinkOf, str, str]], budget
     return len(BYTES_PER_NUMBER) - 1
 
 
+HIDDEN_MARGIN = 1.2
+"""An exchange counts as hidden behind this many times its length."""
+BLOCKING_SHARE = 0.1
+"""A blocking exchange may take this part of a round's compute."""
+
+
+def exchange_budget_s(compute_s: float, *, hides: bool) -> float:
+    """What one way of an exchange may take: half of what hides behind a round, or of a tenth of it where it cannot hide [ours]."""
+    return compute_s / HIDDEN_MARGIN / 2 if hides else compute_s * BLOCKING_SHARE / 2
+
+
+def region_bits(region: str, others: Sequence[str], shares: Mapping[str, float], elements: float, budget_s: float, link: LinkOf) -> Bits:
+    """One region's choice. `shares`: owner -> its part of the merging; none for a push."""
+    out = [(link, region, other) for other in others]
+    if not shares:
+        choice = most_bits(elements, out, budget_s)
+        return Bits((choice,), choice)
+    up = tuple(most_bits(elements * share, [(link, region, owner)] if owner != region else [], budget_s) for owner, share in shares.items())
+    return Bits(up, most_bits(elements * shares.get(region, 0.0), out, budget_s))
+
+
 def choose_bits(regions: Sequence[str], shares: Mapping[str, float], elements: float, budget_s: float, link: LinkOf) -> dict[str, Bits]:
     """Per region. `elements`: numbers of one round's update; `budget_s`: what one way of an exchange may take."""
-    chosen = {}
-    for region in regions:
-        up = tuple(
-            most_bits(elements * share, [(link, region, owner)] if owner != region else [], budget_s) for owner, share in shares.items()
-        )
-        out = [(link, region, other) for other in regions if other != region]
-        chosen[region] = Bits(up, most_bits(elements * shares.get(region, 0.0), out, budget_s))
-    return chosen
+    return {a: region_bits(a, [b for b in regions if b != a], shares, elements, budget_s, link) for a in regions}
 
 
 def choose_push_bits(pairs: Sequence[tuple[str, str]], elements: float, budget_s: float, link: LinkOf) -> dict[str, Bits]:
     """Per region, one choice for all that it sends to."""
-    sources = sorted({a for a, _ in pairs})
-    chosen = {a: most_bits(elements, [(link, a, b) for source, b in pairs if source == a], budget_s) for a in sources}
-    return {a: Bits((choice,), choice) for a, choice in chosen.items()}
+    return {
+        a: region_bits(a, [b for source, b in pairs if source == a], {}, elements, budget_s, link) for a in sorted({a for a, _ in pairs})
+    }

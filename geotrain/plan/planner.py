@@ -7,22 +7,17 @@ from typing import Any
 
 from geotrain.data.inventory import Inventory
 from geotrain.job import JobSpec, LinkSpec, Streaming
-from geotrain.plan.bits import BYTES_PER_NUMBER, Bits, choose_bits, choose_push_bits
+from geotrain.plan.bits import BLOCKING_SHARE, BYTES_PER_NUMBER, HIDDEN_MARGIN, Bits, choose_bits, choose_push_bits, exchange_budget_s
 from geotrain.plan.links import Exchange, best_owner, merge_exchange, push_exchange, shares_by_bandwidth, transfer_s
 from geotrain.plan.power import Allocation, Offer, cheapest, compute, everything, load_power, usd_per_hour
 from geotrain.sync.messages import View
-from geotrain.sync.pace import balanced, compass, rounds_per_epoch
+from geotrain.sync.pace import Pace, PaceChange, balanced, compass, pace_since, rounds_per_epoch
 from geotrain.sync.strategy import Chosen, Merging, Pushing, Strategy, provisional, strategy_of
 from geotrain.sync.topology import targets
 from geotrain.wan.timing import first_patience_s
 
 TRANSFER_MARGIN = 10.0
 """A peer is given up when it stays unreachable for this many times as long as an update takes, and at least a minute."""
-
-HIDDEN_MARGIN = 1.2
-"""An exchange counts as hidden behind this many times its length."""
-BLOCKING_SHARE = 0.1
-"""With `every: auto` a blocking exchange takes this part of a round's compute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +77,23 @@ class Plan:
     usd: float
     wan_bytes: int
     alternatives: tuple[Alternative, ...] = ()
+    changes: tuple[PaceChange, ...] = ()
+    """Of H, with `every: auto`, since the run began; `rounds` and `chosen` are those of the last."""
+    first_rounds: int = 0
+    """`rounds`, and H, before the first change."""
+    first_every: int = 0
+
+    def change_at(self, round: int) -> PaceChange | None:
+        """The last change of H before or at a round."""
+        return next((change for change in reversed(self.changes) if change.round <= round), None)
+
+    def as_of(self, round: int) -> "Plan":
+        """Without the changes that came later: for a run that goes back to a checkpoint before them."""
+        kept = tuple(change for change in self.changes if change.round <= round)
+        if kept == self.changes:
+            return self
+        rounds, every = (kept[-1].rounds, kept[-1].every) if kept else (self.first_rounds, self.first_every)
+        return replace(self, changes=kept, rounds=rounds, chosen=replace(self.chosen, every=every))
 
     def region(self, name: str) -> RegionPlan:
         return next(plan for plan in self.regions if plan.region == name)
@@ -103,6 +115,10 @@ class Plan:
         """The round before which a segment ends; segments count from 1."""
         return min(self.rounds, segment * self.segment_rounds)
 
+    def segment_of(self, round: int) -> int:
+        """The segment that a round is in."""
+        return round // self.segment_rounds + 1
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -111,7 +127,9 @@ class Plan:
         regions = tuple(RegionPlan(**region) for region in tree["regions"])
         bits = {region: Bits(tuple(choice["up"]), choice["down"]) for region, choice in tree["bits"].items()}
         alternatives = tuple(Alternative(**other) for other in tree["alternatives"])
-        return cls(**{**tree, "regions": regions, "alternatives": alternatives, "chosen": Chosen(**tree["chosen"]), "bits": bits})
+        changes = tuple(PaceChange(**change) for change in tree["changes"])
+        values = {"regions": regions, "alternatives": alternatives, "chosen": Chosen(**tree["chosen"]), "bits": bits, "changes": changes}
+        return cls(**{**tree, **values})
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +214,52 @@ def make_plan(job: JobSpec, inventory: Mapping[str, Inventory], offers: Mapping[
 
 def _patience_s(link: LinkSpec) -> float:
     return first_patience_s(link.rtt_ms / 1000, link.mbit_per_s * 1e6 / 8)
+
+
+REPLAN_RATIO = 1.25
+"""H is changed in mid-run when the links call for so many times more, or less."""
+
+
+def replan(plan: Plan, job: JobSpec, round: int) -> Plan:
+    """With `every: auto`: H again, for the links as they are believed now, from `round` on. Who does how much stays."""
+    names = [region.region for region in plan.regions]
+    strategy = strategy_of(job.sync, len(names), plan.chosen)
+    exchange = _exchange(job, strategy, plan.shares, UpdateSize(plan.payload_bytes, plan.work_s))
+    step_s = {region.region: region.rows / region.steps_per_epoch / region.samples_per_s for region in plan.regions}
+    most = max(region.steps_per_epoch for region in plan.regions)
+    every = choose(job, step_s, most, exchange, strategy).every
+    if isinstance(job.sync, Streaming):
+        every = max(every, (plan.chosen.overlap_steps + 1) * job.sync.fragments)
+    if 1 / REPLAN_RATIO < every / plan.chosen.every < REPLAN_RATIO:
+        return plan
+    chosen = replace(plan.chosen, every=every)
+    last = plan.change_at(round)
+    old = last.rounds_per_epoch if last else plan.regions[0].rounds_per_epoch
+    new = rounds_per_epoch(most, strategy_of(job.sync, len(names), chosen).steps_per_round)
+    epoch, left = _pace_of(plan, round).place(round)
+    left_new, after = max(1, int(left * new / old + 0.5)), (plan.rounds - round - left) / old
+    rounds = round + (left_new + ceil(after * new - 1e-9) if after >= 0 else max(1, ceil((plan.rounds - round) * new / old)))
+    change = PaceChange(round, epoch, left_new, new, every, rounds)
+    first = (plan.first_rounds, plan.first_every) if plan.changes else (plan.rounds, plan.chosen.every)
+    compute_s = max(region.rows / new / region.samples_per_s for region in plan.regions)
+    round_s = max(compute_s, exchange.seconds) if _hides(strategy) else compute_s + exchange.seconds
+    return replace(
+        plan,
+        chosen=chosen,
+        rounds=rounds,
+        round_s=round_s,
+        exchange_s=exchange.seconds,
+        changes=(*plan.changes, change),
+        first_rounds=first[0],
+        first_every=first[1],
+    )
+
+
+def _pace_of(plan: Plan, round: int) -> Pace:
+    """Where rounds lie in epochs; how many inner steps they have is the regions' own affair."""
+    if (change := plan.change_at(round)) is None:
+        return Pace(plan.regions[0].rounds_per_epoch, lambda epoch: 0)
+    return pace_since(change, lambda epoch: 0)
 
 
 def _shares(job: JobSpec, names: Sequence[str], payload_bytes: int) -> dict[str, float]:
@@ -300,10 +364,10 @@ def _draft(
 
 
 def _bits(job: JobSpec, strategy: Strategy, shares: Mapping[str, float], payload_bytes: int, compute_s: float) -> dict[str, Bits]:
-    """With `codec: auto`: one way of an exchange may take half of what hides behind a round, or of a tenth of it where it cannot hide."""
+    """With `codec: auto`."""
     if job.sync.codec != "auto":
         return {}
-    budget_s = compute_s / HIDDEN_MARGIN / 2 if _hides(strategy) else compute_s * BLOCKING_SHARE / 2
+    budget_s = exchange_budget_s(compute_s, hides=_hides(strategy))
     names, elements = [region.name for region in job.regions], payload_bytes / BYTES_PER_NUMBER[0]
     if isinstance(strategy, Merging):
         return choose_bits(names, shares, elements / strategy.turns, budget_s, job.link)

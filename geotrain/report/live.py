@@ -92,6 +92,22 @@ def plan_table(plan: Plan) -> RenderableType:
     return Group(table, *[Text(line) for line in lines])
 
 
+COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
+
+
+def findings_table(findings: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """What the doctor found, by region, with what to do about it."""
+    table = Table(title="doctor", title_justify="left")
+    for title in ("region", "check", "", "what", "what to do"):
+        table.add_column(title, overflow="fold")
+    for finding in findings:
+        colour = COLOURS[finding["verdict"]]
+        row = (Text(finding["what"]), Text(finding["remedy"]))
+        table.add_row(finding["region"], finding["check"], Text(finding["verdict"], style=colour), *row)
+    bad = sum(finding["verdict"] == "failed" for finding in findings)
+    return Group(table, Text(f"{bad} to mend" if bad else "nothing to mend", style="bold"))
+
+
 def _patience(plan: Plan) -> str:
     """From the link that is soon impatient to the one that is patient; measured from the first parts on."""
     times = sorted(plan.patience_s.values())

@@ -17,6 +17,11 @@ class Pace:
     rounds_per_epoch: int
     steps_in: Callable[[int], int]
     """Inner steps that this region's data takes in a given epoch."""
+    since: int = 0
+    """The first round for which this holds."""
+    epoch_then: int = 0
+    left_then: int | None = None
+    """Rounds left of that epoch then; None: all."""
 
     def steps(self, round: int, done: int) -> int:
         """Inner steps in a round before which `done` steps of its epoch were made.
@@ -24,11 +29,37 @@ class Pace:
         What is left is spread over the rounds that are left, so steps missed in a round that was cut short are made up, and an
         epoch's steps are exactly its own.
         """
-        epoch, position = divmod(round, self.rounds_per_epoch)
-        return ceil((self.steps_in(epoch) - done) / (self.rounds_per_epoch - position))
+        epoch, left = self.place(round)
+        return ceil((self.steps_in(epoch) - done) / left)
 
     def epoch(self, round: int) -> int:
-        return round // self.rounds_per_epoch
+        return self.place(round)[0]
+
+    def place(self, round: int) -> tuple[int, int]:
+        """(epoch, rounds left of it, this one included)."""
+        first = self.rounds_per_epoch if self.left_then is None else self.left_then
+        if round - self.since < first:
+            return self.epoch_then, first - (round - self.since)
+        epochs, position = divmod(round - self.since - first, self.rounds_per_epoch)
+        return self.epoch_then + 1 + epochs, self.rounds_per_epoch - position
+
+
+@dataclass(frozen=True, slots=True)
+class PaceChange:
+    """From a round on another H, in all regions."""
+
+    round: int
+    epoch: int
+    left: int
+    """Rounds left of that epoch, that one included."""
+    rounds_per_epoch: int
+    every: int
+    rounds: int
+    """Of the whole run, from then on."""
+
+
+def pace_since(change: PaceChange, steps_in: Callable[[int], int]) -> Pace:
+    return Pace(change.rounds_per_epoch, steps_in, change.round, change.epoch, change.left)
 
 
 def rounds_per_epoch(steps: int, every: int) -> int:

@@ -49,6 +49,11 @@ class Progress:
         """The segment ends before this round."""
         return self.until if self.last is None else min(self.until, self.last)
 
+    def take_pace(self, pace: Pace) -> None:
+        """Between two segments: another number of inner steps per round from here on."""
+        assert not self.steps, (self.region, self.round, self.steps)
+        self.pace, self._quota = pace, None
+
     def begin_segment(self, event: SegmentBegins) -> None:
         self.until, self.last, self.over, self.stop_asked = event.until, None, False, False
         self.first = self.round if event.first is None else event.first

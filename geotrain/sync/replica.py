@@ -13,6 +13,7 @@ from typing import ClassVar, Protocol, assert_never
 import torch
 from torch import Tensor
 
+from geotrain.errors import UpdateUnusable
 from geotrain.sync.codec import FP32, Codec, Several
 from geotrain.sync.feedback import Coding, ErrorFeedback, Feedback, MomentumCorrection
 from geotrain.sync.fragments import Fragment, make_fragments
@@ -77,7 +78,15 @@ def mean_of_replicas(parts: Sequence[tuple[Update, Payload]], elements: int) -> 
 
 
 def _parts(parts: Sequence[tuple[Update, Payload]], decode: Callable[[Payload], Tensor]) -> list[Part]:
-    return [Part(update.origin, update.samples, partial(decode, payload)) for update, payload in parts]
+    return [Part(update.origin, update.samples, partial(_read, update, decode, payload)) for update, payload in parts]
+
+
+def _read(update: Update, decode: Callable[[Payload], Tensor], payload: Payload) -> Tensor:
+    """What a region's payload decodes to. Raises UpdateUnusable, which names it."""
+    try:
+        return decode(payload)
+    except ValueError as error:
+        raise UpdateUnusable(update.origin, update.round, str(error)) from error
 
 
 @dataclass(slots=True)
@@ -389,9 +398,12 @@ class MixReplica:
         assert not state, sorted(state)
 
 
+AnyReplica = MergeReplica | DeltaReplica | MixReplica
+
+
 def replica_of(
     strategy: Strategy, local: Tensor, parameters: int, coding: Coding, regions: int, fragments: tuple[Fragment, ...] = ()
-) -> MergeReplica | DeltaReplica | MixReplica:
+) -> AnyReplica:
     """The replica that carries out a strategy on `local`, whose first `parameters` elements are parameters."""
     match strategy:
         case Merging():
@@ -406,7 +418,7 @@ def replica_of(
             assert_never(strategy)
 
 
-def choose_codecs(replica: MergeReplica | DeltaReplica | MixReplica, up: Sequence[int], down: int) -> None:
+def choose_codecs(replica: AnyReplica, up: Sequence[int], down: int) -> None:
     """With `codec: auto`: which of its codecs each way takes from now on. `up`: for each owner in turn."""
     if isinstance(replica, MixReplica):
         return

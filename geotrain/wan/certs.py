@@ -58,14 +58,14 @@ def load(region: str, files: SecurityFiles) -> Credentials:
         raise BadCertificate(region, files.key, "it is no PEM private key, or it needs a password") from error
     if key.public_key() != cert.public_key():
         raise BadCertificate(region, files.key, f"it is not the key of {files.cert}")
-    if (why := _refusal(content["ca"], content["cert"], region)) is not None:
+    if (why := refusal(content["ca"], content["cert"], region)) is not None:
         raise BadCertificate(region, files.cert, why)
     if (first := _dns_names(cert)[0]) != region:
         raise BadCertificate(region, files.cert, f"its first DNS name is {first}, by which others would know it: it must be {region}")
     return Credentials(region, content["ca"], content["cert"], content["key"], cert.not_valid_after_utc)
 
 
-def _refusal(ca: bytes, cert: bytes, region: str, now: datetime | None = None) -> str | None:
+def refusal(ca: bytes, cert: bytes, region: str, now: datetime | None = None) -> str | None:
     """Why a certificate is not one of that region; None when it is."""
     try:
         authority, leaf = x509.load_pem_x509_certificate(ca), x509.load_pem_x509_certificate(cert)
@@ -115,7 +115,7 @@ def sign(own: Credentials, message: bytes) -> bytes:
             raise BadCertificate(own.region, "the private key", f"{type(key).__name__} signs nothing: use ECDSA, RSA or Ed25519")
 
 
-def _verify(key: object, signature: bytes, message: bytes) -> None:
+def verify(key: object, signature: bytes, message: bytes) -> None:
     """Raises InvalidSignature."""
     match key:
         case ec.EllipticCurvePublicKey():
@@ -139,11 +139,11 @@ class Signers:
         """Raises ValueError, saying why it is not that region's."""
         found = self._trusted.get((region, cert))
         if found is None or found.not_valid_after_utc < datetime.now(UTC):
-            if (why := _refusal(self.own.ca, cert, region)) is not None:
+            if (why := refusal(self.own.ca, cert, region)) is not None:
                 raise ValueError(f"the certificate that it names: {why}")
             found = self._trusted[region, cert] = x509.load_pem_x509_certificate(cert)
         try:
-            _verify(found.public_key(), signature, message)
+            verify(found.public_key(), signature, message)
         except InvalidSignature as error:
             raise ValueError(f"not signed by {region}") from error
 

@@ -403,8 +403,8 @@ class _Lane:
                 return
             self._failures = 0
             self.timing.answered(now - began, sent.part.length, now)
-            self.traffic.bytes_per_s = self.timing.bytes_per_s
             for outgoing in self._outbox.answered(sent, int(answer["life"])):
+                self.traffic.bytes_per_s = self.timing.goodput(outgoing.payload.size, now - outgoing.since, alone=outgoing.alone)
                 self.traffic.updates += 1
                 self.traffic.payload_bytes += outgoing.payload.size
                 self.traffic.seconds += now - outgoing.since

@@ -195,6 +195,8 @@ class Outgoing:
     payload: Bytes
     since: float
     """When it was handed over."""
+    alone: bool = False
+    """Nothing else was on its way then."""
     fresh: int = 0
     """Bytes before it were sent at least once."""
     again: deque[tuple[int, int]] = field(default_factory=deque)
@@ -245,7 +247,7 @@ class Outbox:
         self._numbered = 0
 
     def put(self, update: Update, payload: Tensor, now: float) -> None:
-        self._updates.append(Outgoing(self._numbered, update, payload.numpy(), now))
+        self._updates.append(Outgoing(self._numbered, update, payload.numpy(), now, alone=not self._updates))
         self._numbered += 1
 
     @property

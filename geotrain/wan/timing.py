@@ -7,6 +7,8 @@ PART_BYTES = 2**19
 PER_CONNECTION = 6 * PART_BYTES
 """Bytes under way on one connection: less than the kernel's default send buffer of 4 MB holds."""
 MOST_CONNECTIONS = 8
+LEAST_MEASURED = 2**18
+"""Bytes; a smaller update says little of a link's rate."""
 SLOW_START = 10
 """Round trips until a new connection carries PER_CONNECTION at once: two to open it, then its window doubles from ten packets."""
 K = 4.0
@@ -31,6 +33,7 @@ class LinkTiming:
     """Connections -> (measurements with so many, the best goodput)."""
     _since: float | None = None
     _bytes: int = 0
+    _goodput: float = 0.0
 
     def __post_init__(self) -> None:
         self.connections = self.connections or self._filling()
@@ -84,6 +87,13 @@ class LinkTiming:
             self.connections = n - 1
         elif count >= 2 and n + 1 not in self._by and n < MOST_CONNECTIONS:
             self.connections = n + 1
+
+    def goodput(self, size: int, seconds: float, *, alone: bool) -> float:
+        """Bytes per second of late, after an update took so long from first to last: smoothed; 0 while nothing large enough was sent."""
+        if size >= LEAST_MEASURED:
+            found = size / max(seconds - self.rtt_s, seconds / 4) if alone else self.bytes_per_s
+            self._goodput = found if not self._goodput else self._goodput + 0.7 * (found - self._goodput)
+        return self._goodput
 
     def paused(self) -> None:
         """Nothing is left to send: what comes next is measured from its own begin."""

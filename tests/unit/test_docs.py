@@ -57,6 +57,7 @@ def test_the_job_reference_is_up_to_date() -> None:
 def test_the_readme_names_only_what_there_is() -> None:
     readme = (ROOT / "README.md").read_text()
     commands = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    commands |= {group.name for group in app.registered_groups if group.name}
     named = set(re.findall(r"^\| `geotrain (\w+)", readme, re.MULTILINE))
     assert named == commands
     for target in re.findall(r"\]\((?!http)([^)]+)\)", readme):

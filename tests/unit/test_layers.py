@@ -14,9 +14,10 @@ LAYERS: list[set[str]] = [
     {"metrics", "mistakes", "stores"},
     {"job", "task"},
     {"data", "sync"},
-    {"plan", "clusters", "wan", "checkpoint", "registry", "report"},
+    {"plan", "clusters", "wan", "checkpoint", "registry", "measured", "report"},
     {"partition"},
     {"run", "simulate"},
+    {"doctor"},
     {"tasks"},
     {"flows"},
     {"examples", "starter", "answers", "template"},
@@ -25,6 +26,7 @@ LAYERS: list[set[str]] = [
 SAME_LAYER_ALLOWED = {
     ("registry", "checkpoint"),  # both write whole objects to a URL
     ("report", "checkpoint"),
+    ("measured", "checkpoint"),
     ("report", "plan"),  # it shows a plan
     ("plan", "wan"),  # how a link is timed
     ("report", "wan"),
