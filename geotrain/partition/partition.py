@@ -113,8 +113,9 @@ class Partition:
         return self._await([self._submit(self.workers[0], name, self.control.run, self.region, *args)], doing)[0]
 
     def leave(self) -> None:
-        """Give up the seats; for clusters that outlive the run. What cannot be reached any more has nothing to give up."""
-        if self.cluster.cluster is None and self.workers:
+        """Give up the seats, where they outlive the run, or objects in a mailbox do. What cannot be reached has nothing to give up."""
+        lasts = self.cluster.cluster is None or self.job.mailbox_of(self.region) is not None
+        if lasts and self.workers:
             try:
                 self.client.run(on_worker, "leave", self.control.run, self.region, workers=self.workers, on_error="ignore")
             except (OSError, TimeoutError):
