@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -151,14 +151,14 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def play(wan: Any, folder: Path, regions: int, over: threading.Event) -> None:
-    """Change the rate as TRACE says, from about the first inner step: each region has made a model to be probed and one to train."""
+def play(wan: Any, folder: Path, regions: int, over: threading.Event, trace: Sequence[tuple[float, float]] = TRACE) -> None:
+    """Change the rate as the trace says, from about the first inner step: each region has made a model to be probed and one to train."""
     made = folder / "made"
     while not over.wait(0.02):
         if made.exists() and len(made.read_text().splitlines()) >= 2 * regions:
             break
     start = time.monotonic()
-    for seconds, rate in TRACE:
+    for seconds, rate in trace:
         if over.wait(max(0.0, start + seconds - time.monotonic())):
             return
         wan.set("all", rate=f"{rate:.0f}mbit")

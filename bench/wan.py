@@ -3,6 +3,7 @@
 Needs root and a WAN emulator (bench/emulator.py). One end runs in each of two network namespaces; raw and ours take turns.
 """
 
+import itertools
 import json
 import resource
 import socket
@@ -11,14 +12,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from bench.emulator import emulator, settled
-from bench.measure import ROOT, spread, write
+from bench.measure import ROOT, run_job, spread, write
+from bench.prediction import clusters, job_of, play
 from geotrain.job import SecurityFiles
 from geotrain.sync.messages import Kind, Update
 from geotrain.wan import certs
@@ -63,7 +67,7 @@ def end(spec: dict[str, Any]) -> None:
         credentials = certs.load(spec["me"], files)
     peers = {spec["peer"]: f"{spec['there']}:{PORT}"}
     transport = FlightTransport(
-        Identity("bench", spec["me"], "bench", "bench", 1, frozenset("ab"), size),
+        Identity("bench", spec["me"], "bench", "bench", spec.get("life", 1), frozenset("ab"), size),
         f"{spec['here']}:{PORT}",
         peers,
         credentials=credentials,
@@ -223,7 +227,7 @@ def measure(name: str, case: dict[str, Any]) -> dict[str, Any]:
     settled()
     with (
         tempfile.TemporaryDirectory() as ca,
-        emulator()(["a", "b"], name="gt-bench", rate=f"{case['mbit']}mbit", rtt=f"{case['rtt']}ms", replace=True) as wan,
+        emulator()(["a", "b"], name=case.get("net", "gt-bench"), rate=f"{case['mbit']}mbit", rtt=f"{case['rtt']}ms", replace=True) as wan,
     ):
         if case.get("tls"):
             certs.make_ca(Path(ca))
@@ -290,6 +294,44 @@ def _summary(case: dict[str, Any], told: dict[str, list[dict[str, Any]]]) -> dic
             "receiver": spread([fact["cpu_s"] / size * 1e9 for fact in received[1:]]),
         },
     }
+
+
+def adapts(
+    folder: Path,
+    net: str,
+    *,
+    mbit: Sequence[float],
+    seconds: Sequence[float],
+    mb: float,
+    epochs: int,
+    sync: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A run with `every: auto` and `codec: auto` while the link goes through the rates `mbit`, each for so many `seconds`."""
+    names = ("tokyo", "virginia")
+    settled()
+    with ExitStack() as stack:
+        wan = stack.enter_context(emulator()(list(names), name=net, rate=f"{mbit[0]}mbit", rtt="30ms", host=True, replace=True))
+        stack.enter_context(clusters(wan, names))
+        case = {
+            "regions": 2,
+            "mbit": mbit[0],
+            "mb": mb,
+            "rounds": 40,
+            "sync": {"strategy": "delayed", "every": "auto", "codec": "auto", **(sync or {})},
+        }
+        tree = yaml.safe_load(job_of(case, folder, wan).read_text())
+        tree |= {"train": {"batch_size": 4, "epochs": epochs}, "schedule": {"segment_s": 600}}
+        (folder / "job.yaml").write_text(yaml.safe_dump(tree))
+        over = threading.Event()
+        stack.callback(over.set)
+        trace = list(zip(itertools.accumulate([0.0, *seconds]), mbit, strict=True))
+        threading.Thread(target=play, args=(wan, folder, len(names), over, trace)).start()
+        summary = run_job(str(folder / "job.yaml"), {})
+    events = [json.loads(line) for line in Path(summary["folder"], "events.jsonl").read_text().splitlines()]
+    inventory = json.loads(Path(summary["folder"], "inventory.json").read_text())
+    rows = sum(sum(sum(shard["groups"]) for shard in found[0]["shards"]) for found in inventory.values())
+    kept = {name: [event for event in events if event["event"] == name] for name in ("link_changed", "replanned", "bits")}
+    return {**kept, "samples": summary["samples"], "rows": rows, "seconds": round(summary["measured"]["seconds"], 1)}
 
 
 def main() -> None:

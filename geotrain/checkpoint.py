@@ -9,10 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import fsspec
-
 from geotrain.errors import BadCheckpoint, OutputUnwritable
-from geotrain.stores import STORE_ERRORS, write_whole
+from geotrain.stores import STORE_ERRORS, open_url, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +62,7 @@ def join(url: str, *names: str) -> str:
 def write_bytes(who: str, url: str, content: bytes) -> None:
     """Write a whole object; on a local disk by rename, so that it is there whole or not at all. Raises OutputUnwritable."""
     try:
-        fs, path = fsspec.core.url_to_fs(url)
+        fs, path = open_url(url)
         write_whole(fs, path, content)
     except STORE_ERRORS as error:
         raise OutputUnwritable(who, url, str(error) or type(error).__name__) from error
@@ -72,7 +70,7 @@ def write_bytes(who: str, url: str, content: bytes) -> None:
 
 def read_bytes(url: str) -> bytes:
     """Raises FileNotFoundError."""
-    fs, path = fsspec.core.url_to_fs(url)
+    fs, path = open_url(url)
     content: bytes = fs.cat_file(path)
     return content
 
@@ -129,7 +127,7 @@ def commit(run_url: str, manifest: Manifest) -> None:
 
 def latest(run_url: str) -> Manifest | None:
     """The newest committed checkpoint of a run; None when there is none. Raises BadCheckpoint for a broken manifest."""
-    fs, path = fsspec.core.url_to_fs(join(run_url, "checkpoints"))
+    fs, path = open_url(join(run_url, "checkpoints"))
     found = sorted(fs.glob(f"{path}/*/manifest.json"))
     if not found:
         return None
@@ -143,7 +141,7 @@ def latest(run_url: str) -> Manifest | None:
 
 def prune(run_url: str, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints, and what an interrupted segment left behind before them."""
-    fs, path = fsspec.core.url_to_fs(join(run_url, "checkpoints"))
+    fs, path = open_url(join(run_url, "checkpoints"))
     committed = sorted(name.rsplit("/", 2)[-2] for name in fs.glob(f"{path}/*/manifest.json"))
     for name in sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)) if fs.exists(path) else []:
         if committed[-keep:] and name < committed[-keep:][0]:

@@ -8,9 +8,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-import fsspec
-
 from geotrain.checkpoint import join, read_bytes, write_bytes
+from geotrain.stores import open_url
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,7 @@ def model_url(registry: str, model: str, number: int) -> str:
 
 def next_number(registry: str, model: str) -> int:
     """One above the highest number that was ever begun."""
-    fs, path = fsspec.core.url_to_fs(join(registry, model, "versions"))
+    fs, path = open_url(join(registry, model, "versions"))
     if not fs.exists(path):
         return 1
     names = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)]

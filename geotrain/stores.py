@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import fsspec
 from botocore.exceptions import BotoCoreError, ClientError
 
 STORE_ERRORS = (OSError, ValueError, BotoCoreError, ClientError)
@@ -21,3 +22,15 @@ def write_whole(fs: Any, path: str, content: bytes) -> None:
     with fs.open(f"{path}.tmp", "wb") as file:
         file.write(content)
     fs.mv(f"{path}.tmp", path)
+
+
+S3_ATTEMPTS = 8
+"""Of one request, with pauses that double up to 20 s: a bucket that throttles (503 SlowDown) or fails (500) for some seconds is waited for."""
+
+
+def open_url(url: str, **options: Any) -> tuple[Any, str]:
+    """(filesystem, path) of any fsspec URL. Raises one of STORE_ERRORS, or ImportError."""
+    if url.startswith("s3://"):
+        options = {"config_kwargs": {"retries": {"mode": "standard", "max_attempts": S3_ATTEMPTS}}, **options}
+    fs, path = fsspec.core.url_to_fs(url, **options)
+    return fs, path

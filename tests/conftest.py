@@ -18,9 +18,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.s3 import bucket, s3_server
+from tests.s3 import bucket, flaky, s3_server
 
-__all__ = ["bucket", "s3_server"]
+__all__ = ["bucket", "flaky", "s3_server"]
 
 settings.register_profile("geotrain", deadline=None, derandomize=True)
 settings.load_profile("geotrain")

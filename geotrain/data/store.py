@@ -4,8 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import fsspec
-
+from geotrain import stores
 from geotrain.errors import DataUnreachable
 from geotrain.job import FromEnv, RegionSpec
 from geotrain.stores import STORE_ERRORS
@@ -37,6 +36,6 @@ def open_url(region: str, url: str, storage_options: Options, **more: Any) -> tu
     if url.startswith("s3://") and "endpoint_url" in options:
         options = {"client_kwargs": {"endpoint_url": options["endpoint_url"]}, **{k: v for k, v in options.items() if k != "endpoint_url"}}
     try:
-        return fsspec.core.url_to_fs(url, **options)
+        return stores.open_url(url, **options)
     except (ImportError, *STORE_ERRORS) as error:
         raise DataUnreachable(region, url, str(error)) from error

@@ -16,13 +16,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import yaml
 
 from geotrain.checkpoint import join, read_bytes, write_bytes
 from geotrain.errors import NothingToResume, OutputUnwritable, RunNotFound
 from geotrain.job import JobSpec, parse_job
-from geotrain.stores import STORE_ERRORS
+from geotrain.stores import STORE_ERRORS, open_url
 
 
 def new_run_id(job_name: str, now: datetime | None = None) -> str:
@@ -36,7 +35,7 @@ class RunFolder:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/") if "://" in url else str(Path(url).resolve())
         self.run = self.url.rsplit("/", 1)[-1]
-        self._fs, self._path = fsspec.core.url_to_fs(self.url)
+        self._fs, self._path = open_url(self.url)
         self._lock = threading.Lock()
         self._pending: dict[str, list[str]] = {"rounds.jsonl": [], "events.jsonl": []}
 
@@ -58,7 +57,7 @@ class RunFolder:
     def find(cls, run: str, runs: str) -> "RunFolder":
         """A run by its folder, or by its id under `runs`. Raises RunNotFound."""
         for url in (run, join(runs, run)):
-            fs, path = fsspec.core.url_to_fs(url)
+            fs, path = open_url(url)
             if fs.exists(join(path, "job.yaml")):
                 return cls(url)
         raise RunNotFound(run, runs)
@@ -132,7 +131,7 @@ class RunFolder:
 
 def list_runs(runs: str) -> list[RunFolder]:
     """All runs under a URL, the newest last."""
-    fs, path = fsspec.core.url_to_fs(runs)
+    fs, path = open_url(runs)
     return [
         RunFolder(str(fs.unstrip_protocol(name.rsplit("/", 1)[0])) if "://" in runs else name.rsplit("/", 1)[0])
         for name in sorted(fs.glob(join(path, "*/job.yaml")))

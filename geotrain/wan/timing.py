@@ -11,6 +11,8 @@ LEAST_MEASURED = 2**18
 """Bytes; a smaller update says little of a link's rate."""
 SLOW_START = 10
 """Round trips until a new connection carries PER_CONNECTION at once: two to open it, then its window doubles from ten packets."""
+ENOUGH = 0.7
+"""Of the believed rate: then no further connection is tried, which costs the others while it opens its window."""
 K = 4.0
 """A part is missing when its answer is so many times later than expected [ours]."""
 
@@ -34,8 +36,10 @@ class LinkTiming:
     _since: float | None = None
     _bytes: int = 0
     _goodput: float = 0.0
+    _believed: float = 0.0
 
     def __post_init__(self) -> None:
+        self._believed = self.bytes_per_s
         self.connections = self.connections or self._filling()
 
     def _filling(self) -> int:
@@ -69,7 +73,8 @@ class LinkTiming:
             self._since, self._bytes = now, 0
 
     def _measure(self, rate: float) -> None:
-        """One more connection while what one holds is what limits, or as long as the last one brought a tenth more.
+        """One more connection while what one holds is what limits, or while the link carries much less than was believed of it and the last
+        one brought a tenth more.
 
         A number of connections is judged by the better of two measurements: the first has their slow start in it. What was found
         is forgotten when the link changes.
@@ -85,7 +90,7 @@ class LinkTiming:
             self.connections = n + 1
         elif count >= 2 and n - 1 in self._by and best < 1.1 * self._by[n - 1][1]:
             self.connections = n - 1
-        elif count >= 2 and n + 1 not in self._by and n < MOST_CONNECTIONS:
+        elif count >= 2 and n + 1 not in self._by and n < MOST_CONNECTIONS and best < ENOUGH * self._believed:
             self.connections = n + 1
 
     def goodput(self, size: int, seconds: float, *, alone: bool) -> float:

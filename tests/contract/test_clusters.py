@@ -4,23 +4,55 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from distributed import LocalCluster as DaskLocalCluster
+from distributed.security import Security
 
 from geotrain.clusters import open_cluster, quiet_dask
 from geotrain.clusters.code import pack
 from geotrain.errors import ClusterTooSmall, ClusterUnreachable, JobError
-from geotrain.job import AddressCluster, ClassCluster, DataSpec, Device, LocalCluster, RegionSpec
+from geotrain.job import AddressCluster, ClassCluster, DataSpec, Device, LocalCluster, RegionSpec, SecurityFiles
+from geotrain.wan import certs
 
 
 def region(cluster: object, devices: tuple[Device, ...] = (Device(),)) -> RegionSpec:
     return RegionSpec(name="north", data=DataSpec(train="t"), cluster=cluster, devices=devices)  # type: ignore[arg-type]
 
 
-@pytest.fixture(params=["local", "address", "class"])
-def spec(request: pytest.FixtureRequest) -> Iterator[RegionSpec]:
+@contextmanager
+def tls_cluster(folder: Path) -> Iterator[tuple[str, SecurityFiles]]:
+    """A scheduler and two workers that speak to nobody without a certificate of their CA."""
+    certs.make_ca(folder)
+    cert = certs.make_region(folder, "dask")
+    files = SecurityFiles(ca=str(folder / "ca.pem"), cert=str(cert), key=str(cert.with_suffix(".key")))
+    names = {
+        f"tls_{who}_{what}": path for who in ("scheduler", "worker", "client") for what, path in (("cert", files.cert), ("key", files.key))
+    }
+    security = Security(tls_ca_file=files.ca, require_encryption=True, **names)
+    with DaskLocalCluster(
+        n_workers=2, threads_per_worker=1, processes=False, dashboard_address=":0", protocol="tls://", security=security
+    ) as theirs:
+        yield theirs.scheduler_address, files
+
+
+def test_a_tls_scheduler_lets_nobody_in_without_its_files(tmp_path: Path) -> None:
+    quiet_dask()
+    with tls_cluster(tmp_path) as (address, files):
+        assert address.startswith("tls://")
+        with pytest.raises(ClusterUnreachable, match="region north"):
+            open_cluster(region(AddressCluster(kind="address", address=address)))
+        certs.make_ca(tmp_path / "other")
+        other = certs.make_region(tmp_path / "other", "dask")
+        wrong = SecurityFiles(ca=files.ca, cert=str(other), key=str(other.with_suffix(".key")))
+        with pytest.raises(ClusterUnreachable, match="region north"):
+            open_cluster(region(AddressCluster(kind="address", address=address, security=wrong)))
+
+
+@pytest.fixture(params=["local", "address", "tls", "class"])
+def spec(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RegionSpec]:
     quiet_dask()
     match request.param:
         case "local":
@@ -31,6 +63,9 @@ def spec(request: pytest.FixtureRequest) -> Iterator[RegionSpec]:
         case "address":
             with DaskLocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=":0", protocol="tcp://") as theirs:
                 yield region(AddressCluster(kind="address", address=theirs.scheduler_address))
+        case "tls":
+            with tls_cluster(tmp_path) as (address, files):
+                yield region(AddressCluster(kind="address", address=address, security=files))
 
 
 def test_a_cluster_works_scales_and_closes(spec: RegionSpec) -> None:

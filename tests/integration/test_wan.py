@@ -149,3 +149,33 @@ def test_the_doctor_says_what_to_mend_in_which_region(tmp_path: Path, ca: Path) 
     assert bad.keys() == {("south", "data"), ("north", "link to south"), ("south", "link to north")}
     assert bad["south", "data"].exit_code == found.exit_code == 4 or found.exit_code == 6
     assert "cannot reach south" in bad["north", "link to south"].what
+
+
+def test_a_segment_that_ends_early_for_another_h_loses_no_row(tmp_path: Path) -> None:
+    """As if the links had become ten times slower, and later ten times faster."""
+    job = points_job(
+        tmp_path,
+        rows={"north": 400, "south": 240},
+        sync={"strategy": "ma", "every": "auto"},
+        links={"mbit_per_s": 0.02, "rtt_ms": 1},
+        train={"batch_size": 10, "epochs": 6, "seed": 3},
+        schedule={"segment_rounds": 40},
+    )
+    run = Run.start(job)
+
+    rates = [0.005, 0.02]
+
+    def change(run: Run, segment: int) -> None:
+        if rates:
+            mbit = rates.pop(0)
+            for source, target in (("north", "south"), ("south", "north")):
+                for updates in (1, 2):
+                    run.watch.heard(source, {target: {"updates": 1000 * len(rates) + updates, "bytes_per_s": mbit * 1e6 / 8}})
+            run.control.turn.set()
+
+    summary = conduct(run, before_segment=change)
+    changes = [event["every"] for event in events(run.folder, "replanned")]
+    assert len(changes) >= 1, changes
+    assert changes[0][1] > 1.25 * changes[0][0]
+    assert summary["samples"] == 6 * 640
+    assert {region["region"]: region["samples"] for region in summary["regions"]} == {"north": 2400, "south": 1440}

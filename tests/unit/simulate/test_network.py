@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from geotrain.errors import JobError
 from geotrain.job import LinkSpec
-from geotrain.simulate.network import HEADER_BYTES, Link, Network, read_trace
+from geotrain.simulate.network import DUPLEX, HEADER_BYTES, Link, Network, read_trace
 
 
 def network(spec: LinkSpec, **more: object) -> Network:
@@ -23,9 +23,15 @@ def test_a_transfer_takes_its_bytes_at_the_rate_and_half_a_round_trip() -> None:
 
 def test_updates_on_a_link_go_one_after_the_other_and_links_do_not_wait_for_each_other() -> None:
     net = network(LinkSpec(mbit_per_s=8, rtt_ms=100))
-    first, second, other = (net.send(*way, 1_000_000 - HEADER_BYTES, 0.0) for way in (("a", "b"), ("a", "b"), ("b", "a")))
+    first, second, other = (net.send(*way, 1_000_000 - HEADER_BYTES, 0.0) for way in (("a", "b"), ("a", "b"), ("b", "c")))
     assert (first, other) == (pytest.approx(1.05), pytest.approx(1.05))
     assert second == pytest.approx(2.05), "it follows the first at once"
+
+
+def test_both_directions_of_a_pair_lose_a_little_while_both_are_busy() -> None:
+    net = network(LinkSpec(mbit_per_s=8, rtt_ms=0))
+    net.send("a", "b", 1_000_000 - HEADER_BYTES, 0.0)
+    assert net.send("b", "a", 2_000_000 - HEADER_BYTES, 0.5) == pytest.approx(2.5 + 0.5 * (1 / DUPLEX - 1))
 
 
 @given(st.floats(0, 50), st.floats(0.1, 100), st.lists(st.tuples(st.floats(0.1, 10), st.sampled_from([0, 1, 5, 50])), max_size=5))

@@ -11,6 +11,7 @@ from geotrain.cli import app
 from geotrain.errors import JobError
 from geotrain.job import JobSpec, MetricGoal, parse_job
 from geotrain.simulate.body import Trained
+from geotrain.simulate.network import DUPLEX
 from geotrain.simulate.simulate import many, parse_goal, simulate, sweeps
 from tests.chaos.invariants import CODECS, STRATEGIES, combinations
 from tests.making import job_tree, points_job
@@ -50,7 +51,8 @@ def test_an_exchange_behind_compute_costs_only_the_last() -> None:
 def test_a_saturated_push_is_as_fast_as_its_link() -> None:
     outcome = simulate(bare(sync={"strategy": "asgd"}, links={"mbit_per_s": 40, "rtt_ms": 100}), real=False)
     fills, final_merge = 10 * (0.1 + 0.05), 2 * (0.2 + 0.05)
-    assert outcome.seconds == pytest.approx(100 * 0.2 + fills + final_merge, rel=0.001), "ten segments, each of which fills the pipe anew"
+    least = 100 * 0.2 + fills + final_merge  # ten segments, each of which fills the pipe anew
+    assert least <= outcome.seconds <= least / DUPLEX
 
 
 def test_owners_send_the_same_whatever_the_number_of_regions() -> None:

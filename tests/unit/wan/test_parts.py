@@ -164,9 +164,10 @@ def test_another_update_under_the_same_number_is_refused() -> None:
         receiver.take(second)
 
 
-def pace_on(rate: Any, seconds: float, rtt: float = 0.1) -> LinkTiming:
+def pace_on(rate: Any, seconds: float, believed: float = 1e6) -> LinkTiming:
     """A pace after so many seconds on a link whose goodput is a function of the connections."""
-    pace, now = LinkTiming(rtt, 1e6), 0.0
+    rtt = 0.1
+    pace, now = LinkTiming(rtt, believed), 0.0
     while now < seconds:
         now += PART_BYTES / rate(pace.connections)
         pace.answered(rtt + pace.parts * PART_BYTES / rate(pace.connections), PART_BYTES, now)
@@ -177,7 +178,8 @@ def test_connections_are_as_many_as_fill_the_pipe() -> None:
     one = 3e6 / 0.1  # what a connection's buffer carries
     assert pace_on(lambda n: min(n * one, 62.5e6), 60).connections in (2, 3)
     assert pace_on(lambda n: 12.5e6, 60).connections == 1
-    assert pace_on(lambda n: min(n * 3e6, 12e6), 300).connections in (4, 5)
+    assert pace_on(lambda n: min(n * 3e6, 12e6), 300, believed=30e6).connections in (4, 5)
+    assert pace_on(lambda n: min(n * 3e6, 12e6), 300, believed=12e6).connections == 3, "most of what was believed"
 
 
 def test_patience_follows_the_link() -> None:
