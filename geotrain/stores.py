@@ -25,7 +25,7 @@ def write_whole(fs: Any, path: str, content: bytes) -> None:
 
 
 S3_ATTEMPTS = 8
-"""Of one request, with pauses that double up to 20 s: a bucket that throttles (503 SlowDown) or fails (500) for some seconds is waited for."""
+"""Of one request, with pauses that double up to 20 s: a bucket that throttles (503 SlowDown) or fails (500) for seconds is waited for."""
 
 
 def open_url(url: str, **options: Any) -> tuple[Any, str]:

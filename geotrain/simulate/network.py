@@ -18,7 +18,7 @@ from geotrain.job import LinkSpec
 PACKET_BYTES = 1448
 WINDOW_PACKETS = 64
 DUPLEX = 0.95
-"""Of its rate is what a link carries while the way back is busy: 91 of 95.4 Mbit/s, raw TCP both ways at 100 Mbit/s and 30 ms [measured]."""
+"""Of its rate a link carries while the way back is busy: 91 of 95.4 Mbit/s, raw TCP both ways at 100 Mbit/s and 30 ms [measured]."""
 HEADER_BYTES = 300
 """About what an update's header and framing take on the wire."""
 
