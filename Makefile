@@ -32,6 +32,6 @@ chaos: env  ## the core in virtual time: make chaos SEEDS=100000; the seed of a 
 	$(BIN)/python -m tests.chaos --seeds $(SEEDS)
 
 bench: env  ## every measurement, one after the other; results in bench/results
-	for measurement in overhead startup strategies core scale prediction convergence reproduction figures; do \
+	for measurement in overhead startup strategies core scale prediction wan convergence reproduction figures; do \
 		$(BIN)/python -m bench.$$measurement || exit 1; \
 	done

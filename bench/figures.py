@@ -48,7 +48,9 @@ def figures() -> str:
         "its columns are about time and bytes, and its held-out metrics say nothing yet (docs/strategies.md, BatchNorm).",
         "Pushes (`asgd`, `asgd_ga`, asynchronous `ma`) were measured with `max_staleness: 8`, not with the default of 2.",
     ]
-    return "\n".join([*lines, *predictions(newest("prediction")), *core(newest("core")), *scale(newest("scale"))]) + "\n"
+    return (
+        "\n".join([*lines, *predictions(newest("prediction")), *core(newest("core")), *scale(newest("scale")), *wan(newest("wan"))]) + "\n"
+    )
 
 
 def predictions(found: dict[str, Any]) -> list[str]:
@@ -77,6 +79,34 @@ def scale(found: dict[str, Any]) -> list[str]:
     lines = ["", "| simulated without numbers, one core | seconds | MB |", "|---|---|---|"]
     for name, case in found["results"].items():
         lines.append(f"| {name} | {range_of(case['seconds'], 1)} | {case['megabytes']} |")
+    return lines
+
+
+def wan(found: dict[str, Any]) -> list[str]:
+    """The transport beside raw TCP; what a cut costs."""
+    results = found["results"]
+    lines = [
+        "",
+        "| leader to leader, on an emulated WAN | Mbit/s | of raw TCP in the same run | CPU s/GB, both ends |",
+        "|---|---|---|---|",
+    ]
+    for name, case in results.items():
+        if "of raw" in case:
+            cpu = case["cpu s per GB"]
+            both = cpu["sender"]["median"] + cpu["receiver"]["median"]
+            lines.append(f"| {name} | {range_of(case['mbit_per_s'], 1)} | {range_of(case['of raw'])} | {both:.1f} |")
+    lines += ["", "| one update | s | line and cut alone, s | bytes on the wire / payload | sent again |", "|---|---|---|---|---|"]
+    for name, case in results.items():
+        if "line_s" in case:
+            alone = case["line_s"] + case["cut_s"]
+            lines.append(f"| {name} | {case['seconds']:.1f} | {alone:.1f} | {case['wire / payload']:.3f} | {case['retries']} |")
+    lines.append("")
+    for name, case in results.items():
+        if "speed with / without WAN" in case:
+            speed = range_of(case["speed with / without WAN"])
+            lines.append(f"45 MB over 100 Mbit/s and 30 ms, {name}: {speed} of the speed without limits (H = {case['every']}).")
+        if "steps beside / alone" in case:
+            lines.append(f"Steps that only compute, beside updates both ways: {range_of(case['steps beside / alone'])} of those without.")
     return lines
 
 

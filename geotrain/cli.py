@@ -125,9 +125,12 @@ def plan(job: JobFile, set_: Overrides = None, shape: Shape = Format.text) -> No
         if shape is Format.json:
             envelope("ok", 0, data=decided.to_dict())
             return
+        from geotrain.measured import told
         from geotrain.report.live import plan_table
 
         answers.print(plan_table(decided))
+        if links := told(load_job(job, parse_overrides(set_))):
+            answers.print(links)
         people.print(f"next: geotrain run {job}", style="cyan")
 
 
@@ -143,7 +146,7 @@ def doctor(job: JobFile, set_: Overrides = None, shape: Shape = Format.text) -> 
         from geotrain.doctor import examine
         from geotrain.run import Run
 
-        this = Run.start(spec)
+        this = Run.start(spec, believe=False)
         with watching(this):
             try:
                 with this:

@@ -1,10 +1,10 @@
 """Doctor: everything that can be wrong with a job's regions before it costs anything, looked at from each region's own workers."""
 
 import secrets
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,17 +59,8 @@ def examine(run: Run) -> Examination:
 
 def _each(names: Sequence[str], act: Callable[[str], Any]) -> dict[str, Any]:
     """In a thread per region."""
-    answers: dict[str, Any] = {}
-
-    def one(name: str) -> None:
-        answers[name] = act(name)
-
-    threads = [threading.Thread(target=one, args=(name,)) for name in names]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return {name: answers[name] for name in names}
+    with ThreadPoolExecutor(max_workers=max(1, len(names))) as threads:
+        return dict(zip(names, threads.map(act, names), strict=True))
 
 
 def _failed(found: Examination, region: str, check: str, error: GeotrainError) -> None:

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from geotrain.checkpoint import join, read_bytes, write_bytes
@@ -31,9 +32,16 @@ def read(job: JobSpec) -> dict[str, Any] | None:
         return None
 
 
-def believed(job: JobSpec) -> JobSpec:
-    """The job with its links as they were measured last, if they were."""
-    found = read(job)
+def believed(job: JobSpec, found: Mapping[str, Any] | None) -> JobSpec:
+    """The job with its links as they were measured, if they were."""
     if found is None:
         return job
     return job.with_links({pair: (link["mbit_per_s"], link["rtt_ms"]) for pair, link in found["links"].items()})
+
+
+def told(job: JobSpec) -> str | None:
+    """For people: that the links are not the job's own words."""
+    if (found := read(job)) is None:
+        return None
+    when = datetime.fromtimestamp(found["at"], UTC)
+    return f"links as `geotrain doctor` measured them on {when:%F %H:%M} UTC: {url_of(job)} (remove it to believe the job)"

@@ -71,10 +71,14 @@ class Run:
                 self.warm_start = registry.version(job.registry.url, job.registry.model, resumed.parent)
 
     @classmethod
-    def start(cls, job: JobSpec) -> "Run":
+    def start(cls, job: JobSpec, *, believe: bool = True) -> "Run":
         """A new run, which believes what was measured of the links. Raises OutputUnwritable before anything is started."""
-        job = measured.believed(job)
-        return cls(job, RunFolder.create(job, new_run_id(job.name)))
+        found = measured.read(job) if believe else None
+        job = measured.believed(job, found)
+        folder = RunFolder.create(job, new_run_id(job.name))
+        if found is not None:
+            folder.event("links_measured", by=measured.url_of(job), when=found["at"])
+        return cls(job, folder)
 
     @classmethod
     def resume(cls, folder: RunFolder) -> "Run":

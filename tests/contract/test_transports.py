@@ -1,5 +1,8 @@
 """One suite for every transport: what it delivers, once, in order, and what it leaves behind."""
 
+import contextlib
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -457,3 +460,75 @@ def test_a_mailbox_reader_that_comes_back_gets_what_was_not_acknowledged(where: 
     assert a.drain(10)
     a.close()
     b.close()
+
+
+class CuttingProxy:
+    """Between two ends: forwards so many bytes, then resets every connection, once; later ones are left alone."""
+
+    def __init__(self, target: str, cut_after: int) -> None:
+        host, _, port = target.rpartition(":")
+        self.target, self.left, self.cut = (host, int(port)), cut_after, False
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self.listener.getsockname()[1]}"
+        self.lock, self.open = threading.Lock(), list[socket.socket]()
+        self.forwarded = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                here, _ = self.listener.accept()
+            except OSError:
+                return
+            there = socket.create_connection(self.target)
+            with self.lock:
+                self.open += [here, there]
+            for one, other in ((here, there), (there, here)):
+                threading.Thread(target=self._pump, args=(one, other, one is here), daemon=True).start()
+
+    def _pump(self, one: socket.socket, other: socket.socket, counts: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := one.recv(65536):
+                if counts:
+                    self.forwarded += len(data)
+                    if not self.cut and self.forwarded > self.left:
+                        self.cut = True
+                        return self._reset()
+                other.sendall(data)
+            other.shutdown(socket.SHUT_WR)
+        return None
+
+    def _reset(self) -> None:
+        with self.lock:
+            for end in self.open:
+                with contextlib.suppress(OSError):
+                    end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    end.shutdown(socket.SHUT_RDWR)
+                end.close()
+            self.open.clear()
+
+    def close(self) -> None:
+        self.listener.close()
+        self._reset()
+
+
+@pytest.mark.parametrize("secured", [False, True], ids=["plain", "TLS"])
+@pytest.mark.parametrize("cut_after", [100, 700_000, 7_777_777])
+def test_a_transfer_goes_on_where_a_connection_broke(cut_after: int, secured: bool, where: Where) -> None:
+    a, b = flight(where, tls=secured, give_up_s=20.0)
+    proxy = CuttingProxy(b.address, cut_after)
+    a.peers["b"] = proxy.address  # type: ignore[index]
+    for round in range(3):
+        a.send("b", push(round), payload(4_000_000, round))
+    for round in range(3):
+        got = b.receive(30)
+        assert got is not None
+        assert (got.update.round, torch.equal(got.payload, payload(4_000_000, round))) == (round, True)
+    assert a.drain(20)
+    assert b.receive(0.2) is None
+    assert proxy.cut
+    assert a.traffic["b"].retries > 0
+    assert proxy.forwarded < 12_000_000 + 8 * 2**19, "what was under way when it broke, and no more, went twice"
+    a.close()
+    b.close()
+    proxy.close()

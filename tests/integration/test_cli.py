@@ -136,3 +136,18 @@ def test_help_teaches() -> None:
     assert done.returncode == 0
     assert "Exit codes" in done.stdout
     assert "geotrain data digits" in done.stdout
+
+
+def test_certificates_and_the_doctor_from_the_command_line(mine: Path, tmp_path: Path) -> None:
+    assert call("certs", "init", str(tmp_path / "ca"))["data"]["files"] == [str(tmp_path / f"ca/ca.{end}") for end in ("pem", "key")]
+    assert call("certs", "init", str(tmp_path / "ca"), expect=2)["error"]["type"] == "JobError"
+    made = call("certs", "region", "tokyo", "--ca", str(tmp_path / "ca"), "--days", "30")["data"]["files"]
+    assert all(Path(file).exists() for file in made)
+    found = call("doctor", str(mine / "job.yaml"), "--set", f"output.url={tmp_path / 'runs'}")["data"]
+    assert {finding["verdict"] for finding in found["findings"]} == {"ok"}
+    assert found["links"]
+    planned = subprocess.run(
+        [*GEOTRAIN, "plan", str(mine / "job.yaml"), "--set", f"output.url={tmp_path / 'runs'}"], capture_output=True, text=True, timeout=240
+    )
+    assert "as `geotrain doctor` measured them" in planned.stdout
+    assert "goes again when it is unanswered for" in planned.stdout

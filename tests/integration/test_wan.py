@@ -6,14 +6,18 @@ from typing import Any
 
 import pytest
 import s3fs
+import torch
 
 from geotrain import measured
 from geotrain.doctor import examine
-from geotrain.errors import BadCertificate
+from geotrain.errors import BadCertificate, UpdateRefused
 from geotrain.job import JobSpec, parse_job
 from geotrain.report.folder import RunFolder
 from geotrain.run import Run
+from geotrain.sync.messages import Kind, Update
 from geotrain.wan import certs
+from geotrain.wan.flight import FlightTransport
+from geotrain.wan.transport import Identity
 from tests.integration.test_run import conduct, model_of, same
 from tests.making import job_tree, points_job
 
@@ -113,7 +117,7 @@ def test_a_region_with_another_regions_certificate_is_told_so(tmp_path: Path, ca
 
 
 def look(job: JobSpec) -> Any:
-    run = Run.start(job)
+    run = Run.start(job, believe=False)
     with run:
         return examine(run)
 
@@ -179,3 +183,26 @@ def test_a_segment_that_ends_early_for_another_h_loses_no_row(tmp_path: Path) ->
     assert changes[0][1] > 1.25 * changes[0][0]
     assert summary["samples"] == 6 * 640
     assert {region["region"]: region["samples"] for region in summary["regions"]} == {"north": 2400, "south": 1440}
+
+
+def test_strangers_are_refused_and_named_and_the_run_goes_on(tmp_path: Path) -> None:
+    """Somebody who knows the address of a leader, and nothing else; and somebody who knows the token of another run."""
+    run = Run.start(wan_job(tmp_path, {}, schedule={"segment_rounds": 5}))
+    strangers = []
+
+    def knock(run: Run, segment: int) -> None:
+        if segment == 2:
+            identity = Identity("other", "north", "a token", "a model", 1, frozenset(("north", "south")), 1000)
+            stranger = FlightTransport(identity, "127.0.0.1:0", {"south": run.directory.addresses["south"]["flight"]}, give_up_s=5)
+            strangers.append(stranger)
+            stranger.send("south", Update(Kind.PUSH, 1, "north", 0), torch.zeros(10, dtype=torch.uint8))
+            with pytest.raises(UpdateRefused, match="wrong run token"):
+                while True:
+                    stranger.receive(0.1)
+
+    summary = conduct(run, before_segment=knock)
+    strangers[0].close()
+    assert summary["status"] == "completed"
+    (refused,) = events(run.folder, "refused")
+    assert (refused["region"], refused["from"], refused["times"]) == ("south", "ipv4:127.0.0.1", 1)
+    assert "wrong run token" in refused["reason"]
