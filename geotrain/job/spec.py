@@ -300,12 +300,11 @@ class JobSpec(Spec):
         if with_security and len(with_security) < len(names):
             bare = next(name for name in names if name not in with_security)
             raise ValueError(f"wan.security: {with_security[0]} has a certificate, {bare} has none: give it to all regions or to none")
-        for a, b in ((a, b) for a in names for b in names if a != b):
-            without = [name for name in (a, b) if self.mailbox_of(name) is None]
-            if self.link(a, b).transport == "mailbox" and without:
-                raise ValueError(
-                    f"links: {a}>{b} goes through a mailbox, and {without[0]} has none: add mailbox: {{url: s3://bucket/prefix}}"
-                )
+        boxless = [region.name for region in self.regions if (region.wan.mailbox or self.mailbox) is None]
+        if any(link.transport == "mailbox" for link in self.kinds_of_link()):
+            for a, b in ((a, b) for a in boxless for b in names if a != b):
+                if "mailbox" in (self.link(a, b).transport, self.link(b, a).transport):
+                    raise ValueError(f"links: {a}-{b} goes through a mailbox, and {a} has none: add mailbox: {{url: s3://bucket/prefix}}")
         if self.train.until and not any(region.data.eval for region in self.regions):
             raise ValueError("train.until needs held-out rows: give at least one region data.eval")
         return self

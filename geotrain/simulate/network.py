@@ -36,6 +36,8 @@ class Link:
     last_arrival: float = 0.0
     bytes: int = 0
     updates: int = 0
+    back: "Link | None" = None
+    """The other direction, once it was used."""
 
     def finish(self, start: float, size: float) -> float:
         """When the last of `size` bytes leaves, if the first leaves at `start`."""
@@ -67,7 +69,10 @@ class Network:
         if link is None:
             names = (f"{source}>{target}", f"{source}-{target}", f"{target}-{source}", "all")
             trace = next((self.traces[name] for name in names if name in self.traces), ())
-            link = self.links[source, target] = Link(self.link(source, target), trace)
+            back = self.links.get((target, source))
+            link = self.links[source, target] = Link(self.link(source, target), trace, back=back)
+            if back is not None:
+                back.back = link
         return link
 
     def send(self, source: str, target: str, payload_bytes: int, now: float) -> float:
@@ -77,7 +82,7 @@ class Network:
         start = now if now > link.free_at else link.free_at
         wire = size / (1 - spec.loss) if spec.loss else size
         end = link.finish(start, wire) if link.trace else start + wire * 8e-6 / spec.mbit_per_s
-        back = self.links.get((target, source))
+        back = link.back
         if back is not None and back.free_at > start:
             end += min(end - start, back.free_at - start) * (1 / DUPLEX - 1)
         rtt = spec.rtt_ms / 1000

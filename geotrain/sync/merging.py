@@ -114,7 +114,8 @@ class MergeMachine:
 
     def _advance(self, now: float) -> list[Instruction]:
         """Apply what is due, contribute what is full, end the segment, or let the region step."""
-        at, out = self.at, list[Instruction]()
+        at = self.at
+        out: list[Instruction] = []
         while not self.waiting_for and not at.over:
             if self.applied < at.round and self._is_due(self.applied):
                 if not self._is_here(self.applied):
@@ -140,7 +141,8 @@ class MergeMachine:
 
     def _contribute(self, now: float) -> list[Instruction]:
         """End the round: full, or cut short because all of it was merged without this region."""
-        at, out = self.at, list[Instruction]()
+        at = self.at
+        out: list[Instruction] = []
         last = at.round + (1 if self.strategy.tau == 0 else 2) if at.stop_asked else None
         places = [(at.round, fragment) for fragment in self.fragments(at.round)]
         for place in places:
@@ -161,7 +163,8 @@ class MergeMachine:
 
     def _apply(self) -> list[Instruction]:
         """The outer step of one round. A contribution that the merge went on without is given back, down-weighted."""
-        at, out = self.at, list[Instruction]()
+        at = self.at
+        out: list[Instruction] = []
         staleness = 1 if self.strategy.tau is None else 0
         for fragment in self.fragments(self.applied):
             place = (self.applied, fragment)
@@ -258,7 +261,8 @@ class MergeMachine:
 
         Contributions that no merge is known to have taken are sent again, so a round whose owner was lost is taken again.
         """
-        at, out = self.at, list[Instruction]()
+        at = self.at
+        out: list[Instruction] = []
         while self.applied < at.round and self._is_here(self.applied):
             out += self._apply()
         stale = [part for there in self.collected.values() for part in there.values() if part.origin != at.region]
