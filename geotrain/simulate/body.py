@@ -19,10 +19,13 @@ from geotrain.sync.feedback import WARM_UP, Coding
 from geotrain.sync.fragments import Fragment
 from geotrain.sync.machine import RoundMachine
 from geotrain.sync.messages import (
+    Apply,
     Event,
     Hold,
     Kind,
+    Merge,
     MergeAsked,
+    Produce,
     Received,
     Resume,
     Return,
@@ -30,6 +33,7 @@ from geotrain.sync.messages import (
     SegmentBegins,
     SegmentOver,
     Send,
+    Settle,
     StepDone,
     Tick,
     Update,
@@ -127,6 +131,10 @@ class Sizes:
         return codec.wire_bytes(elements)
 
 
+ABOUT_NUMBERS = frozenset((Produce, Merge, Apply, Settle))
+"""Instructions that mean nothing to a region without any."""
+
+
 @dataclass(slots=True)
 class Ghost:
     """A region without numbers."""
@@ -175,6 +183,8 @@ class Ghost:
     def _do(self, event: Event) -> None:
         for instruction in self.machine.handle(event):
             kind = type(instruction)
+            if kind in ABOUT_NUMBERS:
+                continue
             if kind is Send:
                 update = instruction.update  # type: ignore[union-attr]
                 self.send(instruction.to, update, self.sizes(update), None)  # type: ignore[union-attr]

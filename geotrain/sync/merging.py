@@ -219,7 +219,7 @@ class MergeMachine:
         if self._is_past(update.round) or place in self.merged:
             return [Discard(update, "already merged")]
         there = self.collected.setdefault(place, {})
-        if update.origin in there or update.origin not in self.at.view.regions:
+        if update.origin in there or not self.at.view.has(update.origin):
             return [Discard(update, "already here")]
         there[update.origin] = update
         return self._merge_if_complete(place, now) if not self.waiting_for else []

@@ -1,6 +1,6 @@
 """The core's vocabulary: events that go into a RoundMachine and instructions that come out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -57,6 +57,14 @@ class View:
     regions: tuple[str, ...]
     owners: tuple[str, ...]
     """The region that merges, for each fragment in turn; repeated when there are more fragments."""
+    _members: frozenset[str] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_members", frozenset(self.regions))
+
+    def has(self, region: str) -> bool:
+        """At once, however many there are."""
+        return region in self._members
 
     def others(self, me: str) -> tuple[str, ...]:
         return tuple(region for region in self.regions if region != me)
