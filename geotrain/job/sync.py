@@ -109,7 +109,8 @@ class ModelAveraging(Merged):
 
     strategy: Literal["ma"]
     every: Every = 8
-    """Inner steps between two rounds, H. auto: from the plan. balanced: per region in proportion to its speed."""
+    """Inner steps between two rounds, H. auto: from the plan, and anew when the links change. balanced: per region in proportion to its
+    speed."""
     mode: Literal["sync", "async"] = "sync"
     """sync: a merge round for all. async: mix in what arrives, when it arrives."""
     alpha: Share | None = None
@@ -146,7 +147,8 @@ class DiLoCo(Merged):
 
     strategy: Literal["diloco"]
     every: Every = 50
-    """Inner steps between two rounds, H. auto: from the plan. balanced: per region in proportion to its speed."""
+    """Inner steps between two rounds, H. auto: from the plan, and anew when the links change. balanced: per region in proportion to its
+    speed."""
     outer_lr: Positive = 0.7
     outer_momentum: Momentum = 0.9
 
