@@ -245,8 +245,9 @@ def measure(name: str, case: dict[str, Any]) -> dict[str, Any]:
         ends["b"].stdin.close()
         told["b"] = [json.loads(line) for line in ends["b"].stdout]
         for process in ends.values():
-            if process.wait(timeout=60):
-                raise SystemExit(f"{name}: an end failed")
+            with process:  # closes its pipes
+                if process.wait(timeout=60):
+                    raise SystemExit(f"{name}: an end failed")
     return _summary(case, told)
 
 

@@ -73,6 +73,7 @@ def _region(run: Run, name: str, found: Examination) -> Partition | None:
     run.board.enter("looking at every region")
     try:
         partition = run.partition(name)
+        partition.cluster.ship(job.code)
         _count_workers(job, partition, found)
         run.board.status(name, "examining")
         for finding in partition.ask("examine:examine", job, name, run.folder.url):
@@ -99,6 +100,7 @@ def _compare_versions(up: dict[str, Partition], found: Examination) -> None:
 
     def look(name: str) -> Any:
         try:
+            up[name].ask("examine:facts")  # the first answer takes the time to import
             before = time.time()
             facts = up[name].ask("examine:facts")
             after = time.time()
@@ -120,7 +122,7 @@ def _compare_versions(up: dict[str, Partition], found: Examination) -> None:
             found.add(name, "versions", "ok", told)
         off = max(0.0, abs(skew) - doubt)
         verdict = "failed" if off > SKEW_FAILED_S else "warning" if off > SKEW_WARNING_S else "ok"
-        found.add(name, "clock", verdict, f"{skew:+.2f} s from here, known to {doubt:.2f} s", "" if off == 0 else "set it by NTP", 5)
+        found.add(name, "clock", verdict, f"{skew:+.2f} s from here, known to {doubt:.2f} s", "" if off == 0 else "set it by NTP", 5 * (verdict == "failed"))
 
 
 def _links(run: Run, up: dict[str, Partition], found: Examination) -> None:

@@ -1,5 +1,6 @@
 """The transport on an emulated WAN: cuts, loss, a slow link, a receiver that is killed in mid-transfer, a link that changes."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -15,7 +16,10 @@ from bench.emulator import emulator, missing, settled
 from bench.measure import ROOT
 
 why = missing()
-pytestmark = pytest.mark.skipif(why is not None, reason=why or "")
+pytestmark = [
+    pytest.mark.skipif(why is not None, reason=why or ""),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of the emulator's own files
+]
 
 
 def namespaces() -> str:
@@ -26,6 +30,7 @@ def namespaces() -> str:
 def no_namespace_is_left() -> Iterator[None]:
     before = namespaces()
     yield
+    gc.collect()  # so that nothing of the emulator is found by a later test
     assert namespaces() == before
 
 
@@ -64,7 +69,8 @@ def test_a_receiver_that_is_killed_in_the_middle_gets_it_all_in_its_next_life() 
         assert "sending" in a.stdout.readline()
         time.sleep(1.0)
         b.kill()
-        b.communicate()
+        with b:
+            b.communicate()
         b = start("b", "a", 2)
         told = [json.loads(line) for line in a.stdout]
         assert told[0]["turn"] == 0
@@ -72,9 +78,8 @@ def test_a_receiver_that_is_killed_in_the_middle_gets_it_all_in_its_next_life() 
         b.stdin.close()
         assert any(json.loads(line).get("got") == 0 for line in b.stdout)
         for process in (a, b):
-            assert process.wait(timeout=30) == 0
-            process.stdout.close()
-        a.stdin.close()
+            with process:
+                assert process.wait(timeout=30) == 0
 
 
 def test_a_link_that_slows_down_is_adapted_to_and_comes_back(tmp_path: Path) -> None:
