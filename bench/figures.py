@@ -48,9 +48,10 @@ def figures() -> str:
         "its columns are about time and bytes, and its held-out metrics say nothing yet (docs/strategies.md, BatchNorm).",
         "Pushes (`asgd`, `asgd_ga`, asynchronous `ma`) were measured with `max_staleness: 8`, not with the default of 2.",
     ]
-    return (
-        "\n".join([*lines, *predictions(newest("prediction")), *core(newest("core")), *scale(newest("scale")), *wan(newest("wan"))]) + "\n"
-    )
+    lines += [*predictions(newest("prediction")), *core(newest("core")), *scale(newest("scale"))]
+    if list(RESULTS.glob("wan-*.json")):
+        lines += wan(newest("wan"))
+    return "\n".join(lines) + "\n"
 
 
 def predictions(found: dict[str, Any]) -> list[str]:

@@ -122,7 +122,14 @@ def _compare_versions(up: dict[str, Partition], found: Examination) -> None:
             found.add(name, "versions", "ok", told)
         off = max(0.0, abs(skew) - doubt)
         verdict = "failed" if off > SKEW_FAILED_S else "warning" if off > SKEW_WARNING_S else "ok"
-        found.add(name, "clock", verdict, f"{skew:+.2f} s from here, known to {doubt:.2f} s", "" if off == 0 else "set it by NTP", 5 * (verdict == "failed"))
+        found.add(
+            name,
+            "clock",
+            verdict,
+            f"{skew:+.2f} s from here, known to {doubt:.2f} s",
+            "" if off == 0 else "set it by NTP",
+            5 * (verdict == "failed"),
+        )
 
 
 def _links(run: Run, up: dict[str, Partition], found: Examination) -> None:

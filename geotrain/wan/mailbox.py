@@ -36,6 +36,8 @@ ROOM = 4
 """Updates of the largest size that are written and not acknowledged, and that are read and not taken."""
 POLLS_PER_GAP = 20
 LONGEST_POLL_S = 5.0
+ADDRESS_S = 0.05
+"""A peer's address is filled in by the training thread, which does not tell: how often it is looked at."""
 RETRIES = 4
 """Of one request, by s3fs, with its growing pauses. After that the transport itself goes on, until it gives up or is closed."""
 
@@ -215,12 +217,13 @@ class _Worker:
         try:
             while not self.owner.closed.is_set():
                 self.turn()
-        except WanError as error:
-            with self.changed:
-                self.error = error
-                self.changed.notify_all()
         except _Closed:
             return
+        except Exception as error:  # whatever ended this thread, who waits for it must hear of it
+            with self.changed:
+                where = self.owner.address
+                self.error = error if isinstance(error, WanError) else MailboxUnusable(self.owner.identity.region, where, repr(error))
+                self.changed.notify_all()
 
     def turn(self) -> None:
         raise NotImplementedError
@@ -301,9 +304,11 @@ class _Writer(_Worker):
     def turn(self) -> None:
         self._meet()
         with self.changed:
+            if self.owner.closed.is_set():
+                return
             if self._theirs is None or not (self._waiting or self._written):
                 self._alive_at = time.monotonic()
-                self.changed.wait(self._looks_again_s() if self._waiting else None)
+                self.changed.wait(ADDRESS_S if self._waiting else None)
                 return
             full = sum(outgoing.payload.numel() for outgoing in self._written) > ROOM * self.owner.identity.largest_payload
             outgoing = self._waiting[0] if self._waiting and not full else None
@@ -314,10 +319,6 @@ class _Writer(_Worker):
         with self.changed:
             self._written.append(self._waiting.popleft())
             self._pause = 0.0
-
-    def _looks_again_s(self) -> float:
-        """The peer's address is filled in by the training thread, which does not tell."""
-        return 0.05
 
     def _meet(self) -> None:
         """The peer's endpoint; a new one has nothing of what is not acknowledged, so numbers begin anew and all of that goes again."""
@@ -410,7 +411,7 @@ class _Reader(_Worker):
         if self._theirs is None or self.owner.peers.get(self.peer) != self._theirs[1]:
             self._theirs, self._next = self.box_of(self.peer), 0
             if self._theirs is None:
-                self.owner.closed.wait(0.05)
+                self.owner.closed.wait(ADDRESS_S)
                 return
         first = self._fetch(0)
         if first is None:
