@@ -34,7 +34,7 @@ class Trial:
 
 TASKS = {
     "digits": Trial(DIGITS, 3, 0.02, 16, 0.5, (4, 0.5), 1 / 64),
-    "images": Trial(replace(IMAGES, samples=18_000), 2, 0.05, 16, 0.3, (4, 0.3), 1 / 64),
+    "images": Trial(replace(IMAGES, samples=18_000), 2, 0.05, 16, 0.15, (4, 0.3), 1 / 64),
     "text": Trial(
         replace(TEXT, samples=40_000, rows=20_000, args={"layers": 2, "width": 64, "lr": 0.004}), 2, 0.2, 8, 0.5, (2, 0.25), 1 / 8
     ),
