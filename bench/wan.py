@@ -6,6 +6,7 @@ Needs root and a WAN emulator (bench/emulator.py). One end runs in each of two n
 import itertools
 import json
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -357,6 +358,7 @@ def main() -> None:
     if sys.argv[1:2] == ["end"]:
         end(json.loads(sys.argv[2]))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the network is taken down
     results = {}
     for name, case in CASES.items():
         if sys.argv[1:] and not any(word in name for word in sys.argv[1:]):

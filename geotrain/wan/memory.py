@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from geotrain.sync.messages import Update
-from geotrain.wan.transport import Delivery, LinkTraffic
+from geotrain.wan.transport import Delivery, LinkTraffic, Once
 
 
 @dataclass
@@ -23,6 +23,7 @@ class MemoryTransport:
         self.region, self.exchange = region, exchange
         self.traffic: dict[str, LinkTraffic] = {}
         self._inbox: queue.Queue[Delivery] = exchange.inboxes.setdefault(region, queue.Queue())
+        self._once = Once()
 
     def send(self, to: str, update: Update, payload: Tensor) -> None:
         link = self.traffic.setdefault(to, LinkTraffic())
@@ -32,10 +33,13 @@ class MemoryTransport:
         self.exchange.inboxes.setdefault(to, queue.Queue()).put(Delivery(update, payload))
 
     def receive(self, timeout_s: float) -> Delivery | None:
-        try:
-            return self._inbox.get(block=timeout_s > 0, timeout=timeout_s or None)
-        except queue.Empty:
-            return None
+        while True:
+            try:
+                delivery = self._inbox.get(block=timeout_s > 0, timeout=timeout_s or None)
+            except queue.Empty:
+                return None
+            if self._once.first(delivery.update):
+                return delivery
 
     def drain(self, timeout_s: float) -> bool:
         return True
