@@ -113,7 +113,8 @@ def _patience(plan: Plan) -> str:
     times = sorted(plan.patience_s.values())
     if not times:
         return "ever: there is nobody to send to"
-    return duration(times[0]) if times[0] == times[-1] else f"{duration(times[0])} to {duration(times[-1])}, by the link"
+    least, most = duration(times[0]), duration(times[-1])
+    return least if least == most else f"{least} to {most}, by the link"
 
 
 def _mergers(plan: Plan) -> str:
