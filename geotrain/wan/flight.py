@@ -24,7 +24,7 @@ from geotrain.sync.messages import Update
 from geotrain.wan.certs import Credentials
 from geotrain.wan.parts import Answer, Assembler, Outbox, Part, Sent
 from geotrain.wan.timing import PART_BYTES, PER_CONNECTION, K, LinkTiming
-from geotrain.wan.transport import Delivery, Identity, Inbox, LinkTraffic
+from geotrain.wan.transport import LARGEST_HEADER, Delivery, Identity, Inbox, LinkTraffic
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # every refused handshake would be a line on stderr
 import pyarrow.flight as fl
@@ -44,8 +44,6 @@ HANDSHAKES = 5
 """Round trips until a new connection has answered: TCP, TLS, HTTP/2, the question."""
 LEAST_RTT_S = 0.02
 """On a link that is quicker the machines are what takes time."""
-LARGEST_HEADER = 2**17
-"""Bytes: a merge names its members, so a thousand of them fit."""
 UNKNOWN = LinkTiming(0.2, 1e6 / 8)
 """A link of which no plan says anything: 1 Mbit/s, 200 ms."""
 

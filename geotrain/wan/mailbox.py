@@ -9,6 +9,7 @@ to see that and to remove, and what looking for the next one takes: POLLS_PER_GA
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -197,7 +198,7 @@ class _Outgoing:
     parts: int = 0
 
 
-class _Worker:
+class _Worker(ABC):
     """A thread with requests of its own: again and again until they are answered, or the transport gives up."""
 
     def __init__(self, owner: MailboxTransport, peer: str, name: str) -> None:
@@ -225,8 +226,9 @@ class _Worker:
                 self.error = error if isinstance(error, WanError) else MailboxUnusable(self.owner.identity.region, where, repr(error))
                 self.changed.notify_all()
 
+    @abstractmethod
     def turn(self) -> None:
-        raise NotImplementedError
+        """One piece of its work, or a wait for some. Raises _Closed, or a WanError that ends it."""
 
     def wake(self) -> None:
         with self.changed:

@@ -10,9 +10,7 @@ import json
 from typing import Any
 
 from geotrain.wan.certs import Credentials, Signers, sign
-from geotrain.wan.transport import Identity
-
-LARGEST_HEADER = 2**17
+from geotrain.wan.transport import LARGEST_HEADER, Identity
 
 
 class Forged(ValueError):

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from geotrain.sync.messages import Kind, Update
 
+LARGEST_HEADER = 2**17
+"""Bytes; more is not parsed. A merge names its members, so that a thousand of them fit."""
+
 
 @dataclass(slots=True)
 class LinkTraffic:

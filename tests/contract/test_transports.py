@@ -25,7 +25,7 @@ from geotrain.wan.mailbox import MailboxTransport
 from geotrain.wan.memory import Exchange, MemoryTransport
 from geotrain.wan.routed import Routed
 from geotrain.wan.shaped import Line, Shaped
-from geotrain.wan.transport import Identity, Inbox, Transport
+from geotrain.wan.transport import Identity, Inbox, Transport, header_of
 
 LARGEST = 20_000_000
 
@@ -419,6 +419,22 @@ def test_what_somebody_else_writes_into_a_mailbox_is_refused_and_the_right_one_i
     got = b.receive(10)
     assert got is not None
     assert torch.equal(got.payload, payload(10))
+    a.close()
+    b.close()
+
+
+def test_an_object_of_an_earlier_life_is_not_taken_for_a_new_one(where: Where) -> None:
+    """Somebody copies what region a really wrote, to where its next life writes."""
+    a, b = mailbox(where)
+    old = {"to": "b", "lives": [0, 1], "number": 0, "index": 0, "size": 10, "update": header_of(push(0))}
+    path = where.folder / "box/run/a/1/to-b/1/0.0"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(a.seal.close(old, bytes(10)))
+    until = time.monotonic() + 10
+    while not (told := b.inbox.news()) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert "another object under this name" in told[0]["reason"]
+    assert b.receive(0) is None
     a.close()
     b.close()
 

@@ -2,6 +2,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
@@ -90,3 +91,5 @@ def test_keys_of_other_kinds_sign_too(ca: Path) -> None:
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     signature = certs.sign(certs.Credentials("tokyo", own.ca, own.cert, pem, own.expires), b"message")
     certs.verify(key.public_key(), signature, b"message")
+    with pytest.raises(InvalidSignature):
+        certs.verify(key.public_key(), signature, b"massage")
