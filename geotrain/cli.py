@@ -309,8 +309,6 @@ def _conduct(this: Any, shape: Format, flow: Callable[[], Any]) -> None:
         if checkpoint.latest(this.folder.url) is None:
             raise
         raise Stopped(this.id) from None
-    finally:
-        guard.stop()
     if state.is_cancelled():
         raise Stopped(this.id)
     if not state.is_completed():

@@ -4,6 +4,7 @@ Dask's workers end by themselves; the embedded server does not. The guard waits 
 the process that holds the other side, however it ends.
 """
 
+import atexit
 import contextlib
 import os
 import subprocess
@@ -13,23 +14,18 @@ import uuid
 MARK = "GEOTRAIN_GUARDED"
 """An environment variable that this process's children inherit, by which the guard knows them."""
 
-_guards: list["subprocess.Popen[bytes]"] = []
-
 
 def start() -> None:
-    """Set the guard up. Call it before anything that it has to end is started."""
+    """Set the guard up, until this process ends. Call it before Prefect is imported.
+
+    What is registered first for a process's end is called last: Prefect's threads still have logs to send to the server, and
+    Prefect then ends the server itself. A guard that is let go before that would end the server under them, and they would
+    try to reach it for a minute and more.
+    """
     os.environ[MARK] = uuid.uuid4().hex
     command = [sys.executable, "-m", "geotrain.guard", os.environ[MARK]]
-    _guards.append(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True))
-
-
-def stop() -> None:
-    """Let the guard end, and wait for it."""
-    while _guards:
-        guard = _guards.pop()
-        assert guard.stdin is not None
-        guard.stdin.close()
-        guard.wait()
+    guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    atexit.register(guard.communicate)
 
 
 def _end_servers(mark: str) -> None:
