@@ -7,6 +7,10 @@ PART_BYTES = 2**19
 PER_CONNECTION = 6 * PART_BYTES
 """Bytes under way on one connection: less than the kernel's default send buffer of 4 MB holds."""
 MOST_CONNECTIONS = 8
+SPREAD = 4
+"""Connections for each that a long pipe would need, were it never to lose a packet: each of them recovers its window by itself."""
+LONG = 0.7
+"""Of what one connection holds: a pipe that holds more is long."""
 LEAST_MEASURED = 2**18
 """Bytes; a smaller update says little of a link's rate."""
 SLOW_START = 10
@@ -43,8 +47,9 @@ class LinkTiming:
         self.connections = self.connections or self._filling()
 
     def _filling(self) -> int:
-        """Connections whose buffers hold what fills the pipe."""
-        return min(ceil(max(1.0, self.bytes_per_s * self.rtt_s / PER_CONNECTION)), MOST_CONNECTIONS)
+        """Connections that keep the pipe full, the better of what is believed and what was measured."""
+        pipe = max(self.bytes_per_s, self._believed) * self.rtt_s / PER_CONNECTION
+        return min(ceil(SPREAD * pipe), MOST_CONNECTIONS) if pipe > LONG else 1
 
     @property
     def parts(self) -> int:
@@ -73,8 +78,8 @@ class LinkTiming:
             self._since, self._bytes = now, 0
 
     def _measure(self, rate: float) -> None:
-        """One more connection while what one holds is what limits, or while the link carries much less than was believed of it and the last
-        one brought a tenth more.
+        """As many connections as keep the pipe full; one more while the link carries much less than was believed of it and the last one
+        brought a tenth more.
 
         A number of connections is judged by the better of two measurements: the first has their slow start in it. What was found
         is forgotten when the link changes.
@@ -86,9 +91,9 @@ class LinkTiming:
         n = self.connections
         count, best = self._by.get(n, (0, 0.0))
         self._by[n] = count, best = count + 1, max(rate, best)
-        if n < MOST_CONNECTIONS and rate * self.rtt_s > 0.7 * n * PER_CONNECTION:
-            self.connections = n + 1
-        elif count >= 2 and n - 1 in self._by and best < 1.1 * self._by[n - 1][1]:
+        if n < (filling := self._filling()):
+            self.connections = filling
+        elif count >= 2 and n > filling and n - 1 in self._by and best < 1.1 * self._by[n - 1][1]:
             self.connections = n - 1
         elif count >= 2 and n + 1 not in self._by and n < MOST_CONNECTIONS and best < ENOUGH * self._believed:
             self.connections = n + 1
