@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -49,12 +49,13 @@ def named_after_job() -> str:
     return Path(parameters.get("job") or parameters["run"]).stem
 
 
-def each_region(run: Run, task: Task[..., Any], *args: Any) -> list[Any]:
-    """Submit a task for every region and wait for all, in the order of the job.
+def each_region(run: Run, task: Task[..., Any], *args: Any, regions: Sequence[str] | None = None) -> list[Any]:
+    """Submit a task for every region, or for some, and wait for all, in the order of the job.
 
     When one fails the others are told to end, and the failure that began it is raised.
     """
-    futures = [task.submit(run, region.name, *args) for region in run.job.regions]
+    names = [region.name for region in run.job.regions] if regions is None else regions
+    futures = [task.submit(run, name, *args) for name in names]
     waiting = list(futures)
     while waiting:
         waiting[0].wait(timeout=WAIT_S)

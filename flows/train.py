@@ -68,9 +68,9 @@ def train_and_publish(run: Run) -> dict[str, Any]:
             raise Stopped(run.id)
     run.training = False
     if run.needs_final_merge:
-        each_region(run, merge_fully)
-    sums = each_region(run, evaluate)
-    run.conclude({region.name: part for region, part in zip(run.job.regions, sums, strict=True)})
+        each_region(run, merge_fully, regions=run.present)
+    sums = each_region(run, evaluate, regions=run.present)
+    run.conclude(dict(zip(run.present, sums, strict=True)))
     publish(run)
     return report(run)
 

@@ -26,6 +26,8 @@ class StoredPart:
     url: str
     sha256: str
     bytes: int
+    round: int
+    """The next round of that region: that of the manifest, or an earlier one where the region was away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +49,9 @@ class Manifest:
     """Region -> what it added up to so far: samples, seconds, held_s, wire_bytes."""
     parts: tuple[StoredPart, ...]
 
-    def part(self, region: str) -> StoredPart:
-        """Raises BadCheckpoint when the region has none."""
-        for part in self.parts:
-            if part.region == region:
-                return part
-        raise BadCheckpoint(f"of round {self.round}", f"it has no part of region {region}")
+    def part(self, region: str) -> StoredPart | None:
+        """None when the region was away since the run began."""
+        return next((part for part in self.parts if part.region == region), None)
 
 
 def join(url: str, *names: str) -> str:
@@ -96,11 +95,11 @@ def tensors_from_bytes(content: bytes) -> tuple[dict[str, "Tensor"], dict[str, A
     return tensors, json.loads(header.get("__metadata__", {}).get("geotrain", "{}"))
 
 
-def write_part(region: str, url: str, tensors: Mapping[str, "Tensor"], facts: Mapping[str, Any]) -> StoredPart:
-    """Write one region's state. `facts` must be JSON-able. Raises OutputUnwritable."""
+def write_part(region: str, url: str, round: int, tensors: Mapping[str, "Tensor"], facts: Mapping[str, Any]) -> StoredPart:
+    """Write one region's state before a round. `facts` must be JSON-able. Raises OutputUnwritable."""
     content = tensors_to_bytes(tensors, facts)
     write_bytes(f"region {region}", url, content)
-    return StoredPart(region, url, hashlib.sha256(content).hexdigest(), len(content))
+    return StoredPart(region, url, hashlib.sha256(content).hexdigest(), len(content), round)
 
 
 def read_part(part: StoredPart) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
@@ -140,9 +139,16 @@ def latest(run_url: str) -> Manifest | None:
 
 
 def prune(run_url: str, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what an interrupted segment left behind before them."""
+    """Remove all but the newest `keep` checkpoints, and what an interrupted segment left behind before them.
+
+    A folder with a part that a kept manifest names stays: a region that is away has no newer one.
+    """
     fs, path = open_url(join(run_url, "checkpoints"))
-    committed = sorted(name.rsplit("/", 2)[-2] for name in fs.glob(f"{path}/*/manifest.json"))
-    for name in sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)) if fs.exists(path) else []:
-        if committed[-keep:] and name < committed[-keep:][0]:
+    kept = sorted(fs.glob(f"{path}/*/manifest.json"))[-keep:]
+    if not kept:
+        return
+    named = {part["url"].rsplit("/", 2)[-2] for manifest in kept for part in json.loads(fs.cat_file(manifest))["parts"]}
+    oldest = kept[0].rsplit("/", 2)[-2]
+    for name in sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)):
+        if name < oldest and name not in named:
             fs.rm(f"{path}/{name}", recursive=True)

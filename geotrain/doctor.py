@@ -14,7 +14,8 @@ from geotrain.errors import GeotrainError
 from geotrain.job import AddressCluster, JobSpec
 from geotrain.partition.orders import Directory, Finding, Measured
 from geotrain.partition.partition import Partition
-from geotrain.run import Run, directory_of
+from geotrain.partition.ways import directory_of
+from geotrain.run import Run
 
 SKEW_WARNING_S, SKEW_FAILED_S = 2.0, 300.0
 """Clocks order what people read; certificates are judged by them."""

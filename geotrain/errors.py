@@ -16,7 +16,9 @@
     ├── ClusterError                   5   the Dask cluster of a region
     │   ├── ClusterUnreachable
     │   ├── ClusterTooSmall
-    │   └── WorkerLost
+    │   ├── WorkerLost
+    │   ├── WorkerHangs
+    │   └── QuorumLost                     too few regions are left
     ├── WanError                       6   between the regions
     │   ├── PeerUnreachable
     │   ├── CannotListen
@@ -151,6 +153,18 @@ class WorkerLost(ClusterError):
     fields = ("region", "worker", "doing")
     says = "region {region}: worker {worker} was lost while {doing}"
     remedy = "look for an out-of-memory kill or a hardware error on it; `geotrain resume` continues from the last checkpoint"
+
+
+class WorkerHangs(ClusterError):
+    fields = ("region", "worker", "seconds")
+    says = "region {region}: worker {worker} made no inner step for {seconds:.0f} s"
+    remedy = "it was ended; look at its log and at that machine, then `geotrain resume`"
+
+
+class QuorumLost(ClusterError):
+    fields = ("left", "quorum", "waited_s")
+    says = "{left} regions are left, {quorum} are needed, and none came back within {waited_s:.0f} s"
+    remedy = "bring a region's cluster back, then `geotrain resume`; or lower elastic.quorum"
 
 
 class WanError(GeotrainError):

@@ -12,13 +12,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 from geotrain import checkpoint, measured, registry
-from geotrain.checkpoint import Manifest
+from geotrain.checkpoint import Manifest, StoredPart
 from geotrain.clusters import RegionCluster, open_cluster, quiet_dask
 from geotrain.data.inventory import Inventory, check_same_schema
-from geotrain.errors import Diverged, GeotrainError, JobError, ModelMismatch, NothingToResume, Stopped
+from geotrain.errors import ClusterError, Diverged, GeotrainError, JobError, NothingToResume, Stopped
 from geotrain.job import JobSpec, RegionSpec
+from geotrain.membership import Membership
 from geotrain.metrics import add_sums, means
-from geotrain.partition.orders import Directory, Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder
+from geotrain.partition.orders import Place, Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder
 from geotrain.partition.partition import Control, Partition
 from geotrain.plan.planner import Plan, UpdateSize, make_plan, replan
 from geotrain.plan.power import Offer
@@ -26,6 +27,7 @@ from geotrain.plan.watch import LinkWatch
 from geotrain.report.board import Board
 from geotrain.report.folder import RunFolder, new_run_id
 from geotrain.report.summary import summarize
+from geotrain.sync.messages import View
 from geotrain.sync.strategy import Merging, strategy_of
 
 KEEP_CHECKPOINTS = 3
@@ -46,7 +48,7 @@ class Run:
         self.probed: dict[str, Probed] = {}
         self.partitions: dict[str, Partition] = {}
         self.plan: Plan | None = None
-        self.directory = Directory({}, {})
+        self._membership: Membership | None = None
         self.round = resumed.round if resumed else 0
         self.totals: dict[str, dict[str, float]] = dict(resumed.totals) if resumed else {}
         self.traffic: dict[str, dict[str, dict[str, Any]]] = {}
@@ -122,6 +124,8 @@ class Run:
         for closer in closers:
             closer.join()
         self._threads.shutdown()
+        if self._membership is not None:
+            self._membership.close()
         self.folder.flush()
 
     def _note_end(self, error: BaseException) -> None:
@@ -144,9 +148,9 @@ class Run:
         self.in_every_region(self.probe)
         return self.schedule()
 
-    def in_every_region(self, stage: Callable[..., Any], *args: Any) -> list[Any]:
-        """Call one of the stages below for all regions at once, in threads of this process: what flows do through tasks."""
-        names = [region.name for region in self.job.regions]
+    def in_every_region(self, stage: Callable[..., Any], *args: Any, regions: Sequence[str] | None = None) -> list[Any]:
+        """Call one of the stages below for all regions at once, or for some, in threads of this process: what flows do through tasks."""
+        names = [region.name for region in self.job.regions] if regions is None else regions
         with ThreadPoolExecutor(max_workers=len(names)) as threads:
             futures = [threads.submit(stage, name, *args) for name in names]
             for future in as_completed(futures):
@@ -170,6 +174,8 @@ class Run:
         self.board.heard(region, message)
         for record in message.get("rounds", ()):
             self.folder.round(record)
+        if self._membership is not None:
+            self._membership.tally.heard(region, message.get("rounds", ()), message.get("settled", {}))
         for change in self.watch.heard(region, message.get("links", {})):
             self.folder.event("link_changed", region=region, **change)
             if getattr(self.job.sync, "every", None) == "auto" and self.training:
@@ -243,13 +249,24 @@ class Run:
         self.board.status(region, f"waiting for {workers} worker{'s' * (workers > 1)}")
         partition.scale(workers)
         self.board.status(region, "building the model")
-        taken = partition.take_seats(lambda rank, rendezvous: self._seat_order(region, rank, workers, rendezvous))
+        view, part = self.membership.roster.view, self.resumed.part(region) if self.resumed else None
+        late = self.resumed is not None and (part is None or part.round != self.round)
+        taken = partition.take_seats(lambda rank, world, at: self._seat_order(region, rank, world, at, view, part, late, None))
         self.board.status(region, "ready")
         return taken
 
-    def _seat_order(self, region: str, rank: int, world: int, rendezvous: str | None) -> SeatOrder:
+    def _seat_order(
+        self,
+        region: str,
+        rank: int,
+        world: int,
+        rendezvous: str | None,
+        view: View,
+        restore: StoredPart | None,
+        joins: bool,
+        place: Place | None,
+    ) -> SeatOrder:
         assert self.plan is not None
-        epoch = self.resumed.epoch + 1 if self.resumed else 0
         train, held_out = self.inventory[region]
         return SeatOrder(
             run=self.id,
@@ -260,8 +277,9 @@ class Run:
             rendezvous=rendezvous,
             train=train,
             eval=held_out,
-            view=self.plan.view(epoch),
+            view=view,
             rounds_per_epoch=self.plan.region(region).rounds_per_epoch,
+            pace=self.plan.change_at(self.round),
             chosen=self.plan.chosen,
             shares=tuple(self.plan.shares.values()),
             bits=self.plan.bits.get(region),
@@ -269,30 +287,30 @@ class Run:
             life=time.time_ns(),
             give_up_s=self.plan.give_up_s,
             warm_start=self.warm_start.url if self.warm_start else None,
-            restore=self.resumed.part(region) if self.resumed else None,
+            restore=restore,
+            joins=joins,
+            place=place,
         )
+
+    @property
+    def membership(self) -> Membership:
+        """Who is in, once there is a plan."""
+        assert self.plan is not None
+        with self._lock:
+            if self._membership is None:
+                epoch = self.resumed.epoch + 1 if self.resumed else 0
+                self._membership = Membership(self.job, self.plan, epoch, self.control, self.board, self.folder, self.partitions)
+                self._membership.manifest = self.resumed
+            return self._membership
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """The regions that are in, in the order of the job."""
+        return tuple(region.name for region in self.job.regions if region.name in self.membership.present)
 
     def introduce(self, seats: Sequence[SeatTaken]) -> None:
         """All regions must begin with one model; then it is settled how each leader reaches the others. Raises ModelMismatch."""
-        first, *rest = seats
-        for other in rest:
-            for what, mine, theirs in (("shape", first.fingerprint, other.fingerprint), ("initial values", first.hashes, other.hashes)):
-                for name in sorted(mine.keys() | theirs.keys()):
-                    if mine.get(name) != theirs.get(name):
-                        detail = f"its {what} differ" if name in mine and name in theirs else "only one of the two has it"
-                        raise ModelMismatch(other.region, first.region, name, detail)
-        addresses = {seat.region: seat.wan for seat in seats}
-        tried = dict(zip([region.name for region in self.job.regions], self.in_every_region(self._try_links, addresses), strict=True))
-        self.directory = directory_of(self.job, addresses, tried)
-        for region, dialled in tried.items():
-            for to, why in dialled.items():
-                way = self.directory.ways[f"{region}>{to}"]
-                self.folder.event("link", region=region, to=to, transport=way, why=why or "the leader can dial it")
-
-    def _try_links(self, region: str, addresses: dict[str, dict[str, str]]) -> dict[str, str | None]:
-        """Other region -> why the leader cannot dial it, None where it can; of the links that have a choice."""
-        choice = {other: addresses[other]["flight"] for other in others_with_a_choice(self.job, region) if "flight" in addresses[other]}
-        return self.partitions[region].reach(choice) if choice else {}
+        self.membership.introduce(seats, self.in_every_region, self.round)
 
     def segments_left(self) -> Iterator[int]:
         """Numbers of the segments still to train; they count from 1. One that ended early comes again."""
@@ -306,20 +324,32 @@ class Run:
     def segments(self) -> int:
         return self.plan.segments if self.plan else 0
 
-    def train(self, region: str, segment: int) -> SegmentDone:
-        """A region's part of a segment. Raises TaskError, ClusterError, WanError, StateError."""
-        assert self.plan is not None
-        self.board.enter("training")
-        self.board.status(region, "running")
-        until = self.plan.segment_end(segment)
-        order = SegmentOrder(segment, self._ticket, until, self.plan.change_at(self.round), self.directory, self.folder.url)
-        done = self.partitions[region].train(order)
-        self.board.status(region, f"segment {segment} done")
-        return done
+    def train(self, region: str, segment: int) -> SegmentDone | None:
+        """A region's part of a segment, however often it is lost meanwhile; None when the others ended it without this region.
 
-    def synchronize(self, segment: int, done: Sequence[SegmentDone]) -> bool:
+        Raises TaskError, WanError, StateError, QuorumLost, Stopped.
+        """
+        assert self.plan is not None
+        self.board.enter(self.membership.stage)
+        until, ticket = self.plan.segment_end(segment), self._ticket
+        while (now := self.membership.enter(region, ticket, self._seat_order)) is not None:
+            view, directory = now
+            self.board.status(region, "running")
+            order = SegmentOrder(segment, ticket, until, self.plan.change_at(self.round), view, directory, self.folder.url)
+            try:
+                done = self.partitions[region].train(order)
+            except ClusterError as error:
+                self.membership.lost(region, error, self.round)
+                continue
+            self.board.status(region, f"segment {segment} done")
+            if self.membership.end(region, ticket, view):
+                return done
+        return None
+
+    def synchronize(self, segment: int, parts: Sequence[SegmentDone | None]) -> bool:
         """The barrier: agreed, checkpoint committed, metrics known. True when training is over. Raises Diverged."""
         assert self.plan is not None
+        done = [part for part in parts if part is not None]
         rounds = {part.round for part in done}
         hashes = {part.region: part.sha256[:12] for part in done}
         if len(rounds) != 1 or (isinstance(self.strategy, Merging) and len(set(hashes.values())) != 1):
@@ -333,14 +363,15 @@ class Run:
             run=self.id,
             segment=segment,
             round=self.round,
-            epoch=self.resumed.epoch + 1 if self.resumed else 0,
+            epoch=self.membership.roster.view.epoch,
             samples=int(sum(total["samples"] for total in self.totals.values())),
             parent=self.warm_start.number if self.warm_start else None,
             metrics=self.metrics,
             totals=self.totals,
-            parts=tuple(part.part for part in done),
+            parts=(*(part.part for part in done), *self.membership.parts_of_absent({part.region for part in done})),
         )
         checkpoint.commit(self.folder.url, manifest)
+        self.membership.manifest = manifest
         checkpoint.prune(self.folder.url, KEEP_CHECKPOINTS)
         self.folder.event("segment", segment=segment, round=self.round, metrics=self.metrics, hashes=hashes, samples=manifest.samples)
         self.folder.flush()
@@ -387,7 +418,7 @@ class Run:
 
     def merge_fully(self, region: str) -> str:
         self.board.enter("final merge")
-        digest, traffic, seconds = self.partitions[region].merge_fully(self.directory)
+        digest, traffic, seconds = self.partitions[region].merge_fully(self.membership.directory)
         with self._lock:
             self._add_up(region, traffic, seconds=seconds)
         return digest
@@ -415,7 +446,7 @@ class Run:
         """Write the model beside the run, and a version into the registry. Returns it with the verdict on the champion."""
         assert self.plan is not None
         self.board.enter("publishing")
-        leader = self.partitions[self.plan.owner]
+        leader = self.partitions[self.plan.owner if self.plan.owner in self.present else self.present[0]]
         leader.write_model(checkpoint.join(self.folder.url, "model.safetensors"))
         spec = self.job.registry
         if spec is None:
@@ -465,26 +496,6 @@ class Run:
 
     def has_new_data(self, since: registry.Version | None) -> bool:
         return since is None or since.watermark != self.watermark()
-
-
-def others_with_a_choice(job: JobSpec, region: str) -> list[str]:
-    """The regions to which a link from here may be direct, or go through the mailboxes that both have."""
-    boxed = {spec.name for spec in job.regions if job.mailbox_of(spec.name) is not None}
-    others = [spec.name for spec in job.regions if spec.name != region]
-    return [other for other in others if job.link(region, other).transport == "auto" and {region, other} <= boxed]
-
-
-def directory_of(job: JobSpec, addresses: dict[str, dict[str, str]], tried: Mapping[str, Mapping[str, str | None]]) -> Directory:
-    """The way of every directed link. `tried`: region -> other -> why it cannot be dialled; such links go through the mailbox."""
-    ways: dict[str, str] = {}
-    for region in addresses:
-        choice = others_with_a_choice(job, region)
-        for other in (name for name in addresses if name != region):
-            ways[f"{region}>{other}"] = way = job.link(region, other).transport
-            if way == "auto":
-                refused = other in choice and tried.get(region, {}).get(other, "it does not listen") is not None
-                ways[f"{region}>{other}"] = "mailbox" if refused else "flight"
-    return Directory(addresses, ways)
 
 
 def _inventories(tree: Mapping[str, Any]) -> dict[str, tuple[Inventory, Inventory | None]]:

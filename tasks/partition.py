@@ -19,8 +19,11 @@ def provision(run: Run, region: str) -> SeatTaken:
 
 
 @task(task_run_name="train_partition[{region}] {segment}/{run.segments}", cache_policy=NO_CACHE)
-def train_partition(run: Run, region: str, segment: int) -> SegmentDone:
+def train_partition(run: Run, region: str, segment: int) -> SegmentDone | None:
     done = run.train(region, segment)
+    if done is None:
+        get_run_logger().warning("%s: away; the others ended the segment without it", region)
+        return None
     loss = f"{done.loss:.4f}" if done.loss is not None else "-"
     get_run_logger().info(
         "%s: to round %d, %d samples, loss %s, waited %.1f of %.1f s", region, done.round, done.samples, loss, done.held_s, done.seconds
@@ -30,7 +33,7 @@ def train_partition(run: Run, region: str, segment: int) -> SegmentDone:
 
 
 @task(task_run_name="synchronize {segment}/{run.segments}", cache_policy=NO_CACHE)
-def synchronize(run: Run, segment: int, parts: list[SegmentDone]) -> bool:
+def synchronize(run: Run, segment: int, parts: list[SegmentDone | None]) -> bool:
     over = run.synchronize(segment, parts)
     get_run_logger().info("round %d committed; held out: %s", run.round, run.metrics)
     if links := run.board.snapshot()["links"]:

@@ -1,6 +1,6 @@
 """Small data and small jobs for tests."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from geotrain.errors import Stopped
 from geotrain.job import JobSpec, parse_job
+from geotrain.run import Run
 
 REGIONS = ("north", "south")
 
@@ -55,3 +57,22 @@ def points_job(root: Path, regions: Sequence[str] = REGIONS, rows: Mapping[str, 
             write_points(root / name / "train", (rows or {}).get(name, 200), seed=number)
             write_points(root / name / "eval", 40, seed=100 + number)
     return parse_job(job_tree(root, regions, **changes))
+
+
+def conduct(run: Run, before_segment: Callable[[Run, int], None] = lambda run, segment: None) -> dict[str, Any]:
+    """What flows.train does, in threads instead of tasks."""
+    with run:
+        run.look_and_plan()
+        run.introduce(run.in_every_region(run.provision))
+        for segment in run.segments_left():
+            before_segment(run, segment)
+            if run.synchronize(segment, run.in_every_region(run.train, segment)):
+                break
+            if run.control.stop.is_set():
+                raise Stopped(run.id)
+        if run.needs_final_merge:
+            assert len(set(run.in_every_region(run.merge_fully, regions=run.present))) == 1
+        sums = run.in_every_region(run.evaluate, regions=run.present)
+        run.conclude(dict(zip(run.present, sums, strict=True)))
+        run.publish()
+        return run.report()

@@ -231,7 +231,7 @@ class World:
             machine,
             replica,
             mail,
-            alive=lambda: None,
+            attend=lambda: None,
             stop_wanted=lambda: False,
             report=lambda record: self.closed[name].append(record.round),
             event=lambda what, facts: self.events.append((name, what, facts)),

@@ -251,6 +251,15 @@ class ScheduleSpec(Spec):
     segment_s: Positive = 10.0
 
 
+class ElasticSpec(Spec):
+    """What happens when regions come and go."""
+
+    quorum: Count | None = None
+    """Regions without which training pauses; None: half of them, rounded up."""
+    give_up_after_s: Positive = 3600.0
+    """A run with fewer regions than its quorum waits for so long, then fails; it can be resumed."""
+
+
 class OutputSpec(Spec):
     url: str = "runs"
     """Where run folders go: a folder or any fsspec URL that the flow and all regions can write."""
@@ -285,6 +294,7 @@ class JobSpec(Spec):
     sync: Sync
     simulate: SimulateSpec = SimulateSpec()
     schedule: ScheduleSpec = ScheduleSpec()
+    elastic: ElasticSpec = ElasticSpec()
     output: OutputSpec = OutputSpec()
     registry: RegistrySpec | None = None
 
@@ -317,10 +327,17 @@ class JobSpec(Spec):
                 raise ValueError(f"sync.quorum: {sync.quorum} contributions of {count} regions: it can be {count} at most")
             if sync.merge in ("median", "trimmed", "flag", "norm_clipped") and count < 3:
                 raise ValueError(f"sync.merge: {sync.merge} tells the odd one out of three regions or more; there are {count}")
+        if self.elastic.quorum is not None and self.elastic.quorum > count:
+            raise ValueError(f"elastic.quorum: {self.elastic.quorum} regions of {count}: it can be {count} at most")
         for outage in self.simulate.outages:
             if outage.region not in [region.name for region in self.regions]:
                 raise ValueError(f"simulate.outages: no region '{outage.region}'")
         return self
+
+    @property
+    def quorum(self) -> int:
+        """Regions without which training pauses."""
+        return self.elastic.quorum or -(-len(self.regions) // 2)
 
     def region(self, name: str) -> RegionSpec:
         return next(region for region in self.regions if region.name == name)

@@ -38,9 +38,9 @@ class Endpoint:
             self.mailbox = self._open_mailbox(identity, give_up_s)
             self.addresses["mailbox"] = self.mailbox.address
         both = {name: transport for name, transport in (("flight", self.flight), ("mailbox", self.mailbox)) if transport is not None}
-        routed = Routed(region, both, self.inbox, lambda to: self.directory.ways[f"{region}>{to}"])
+        self._routed = Routed(region, both, self.inbox, lambda to: self.directory.ways.get(f"{region}>{to}"))
         line = job.shape and Line(job.shape.mbit_per_s, job.shape.rtt_ms)
-        self.transport: Transport = Shaped(routed, lambda to: line) if line else routed
+        self.transport: Transport = Shaped(self._routed, lambda to: line) if line else self._routed
 
     def _load(self) -> certs.Credentials | None:
         files = self.job.region(self.region).wan.security
@@ -79,8 +79,12 @@ class Endpoint:
         return line.rtt_ms / 1000, line.mbit_per_s * 1e6 / 8
 
     def introduce(self, directory: Directory) -> None:
-        """Learn where the others are, and take a new certificate into use if there is one. Nothing may be under way."""
-        self._renew()
+        """Learn where the others are. What is under way to one that has left, or has another address now, is dropped."""
+        for other, addresses in self.directory.addresses.items():
+            if directory.addresses.get(other) != addresses:
+                self._routed.forget(other)
+                for peers in self._peers.values():
+                    peers.pop(other, None)
         self.directory = directory
         for other, addresses in directory.addresses.items():
             for way, address in addresses.items():
@@ -88,8 +92,11 @@ class Endpoint:
             if self.mailbox is not None and directory.ways.get(f"{other}>{self.region}") == "mailbox":
                 self.mailbox.listen(other)
 
-    def _renew(self) -> None:
-        """A certificate that cannot be used leaves the old one in its place, and is told."""
+    def renew(self) -> None:
+        """Take a new certificate into use if there is one; nothing may be under way.
+
+        A certificate that cannot be used leaves the old one in its place, and is told.
+        """
         try:
             new = self._load()
         except BadCertificate as error:

@@ -21,6 +21,9 @@ class Directive:
     """The parameters changed: take the leader's."""
     over: bool
     """The segment is over."""
+    epoch: int
+    done: int
+    """Where the region is in its rows: inner steps made of that epoch; negative: some of the epoch before are still to be made."""
 
 
 class Alone:
@@ -59,14 +62,14 @@ class Together:
 
     def follow(self, directive: Directive | None, vector: Tensor) -> Directive:
         """The leader's directive, on every worker; with its parameters when they changed."""
-        word = torch.zeros(3, dtype=torch.int64)
+        word = torch.zeros(5, dtype=torch.int64)
         if directive is not None:
-            word = torch.tensor([directive.round, directive.changed, directive.over], dtype=torch.int64)
+            word = torch.tensor([directive.round, directive.changed, directive.over, directive.epoch, directive.done], dtype=torch.int64)
         dist.broadcast(word, 0)
-        round, changed, over = word.tolist()
+        round, changed, over, epoch, done = word.tolist()
         if changed:
             self.share_vector(vector)
-        return Directive(round, bool(changed), bool(over))
+        return Directive(round, bool(changed), bool(over), epoch, done)
 
     def share_vector(self, vector: Tensor) -> None:
         dist.broadcast(vector, 0)

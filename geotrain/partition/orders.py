@@ -29,6 +29,8 @@ class SeatOrder:
     view: View
     rounds_per_epoch: int
     """Of this region."""
+    pace: PaceChange | None
+    """The change of H that holds."""
     chosen: Chosen
     shares: tuple[float, ...]
     """Of the model, merged by each of the view's owners."""
@@ -43,6 +45,22 @@ class SeatOrder:
     """URL of a model.safetensors to begin from."""
     restore: StoredPart | None = None
     """This region's part of the checkpoint to continue from."""
+    joins: bool = False
+    """It comes into a run that goes on: the others give it what they agree on."""
+    place: "Place | None" = None
+    """Where in its rows it goes on; None: where `restore` says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a region is in its rows: how they were lent last, and how far it has come since."""
+
+    cursor: dict[str, Any]
+    """Of the book of leases when they were lent."""
+    round: int
+    """The first round for which it goes on."""
+    at: tuple[int, int] | None = None
+    """(epoch, inner steps made of it; negative: some of the epoch before are still to be made); None: as the cursor says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +85,11 @@ class SeatTaken:
     hashes: dict[str, str]
     """Parameter or buffer name -> SHA-256 of its values."""
     device: str
+    life: int
+    cursor: dict[str, Any]
+    """Of its book of leases, as it begins."""
+    round: int
+    """The first that it trains, unless others are further."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +102,7 @@ class SegmentOrder:
     until: int
     pace: PaceChange | None
     """The change of H that holds in it."""
+    view: View
     directory: Directory
     run_url: str
     """The run folder, for this region's part of the checkpoint."""

@@ -4,16 +4,18 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from typing import Any
 
 from distributed import Client, Future
 
 from geotrain.clusters import RegionCluster
 from geotrain.data.inventory import Inventory
-from geotrain.errors import ClusterUnreachable, GeotrainError, Stopped, TaskFailed, WorkerLost
+from geotrain.errors import ClusterTooSmall, ClusterUnreachable, GeotrainError, Stopped, TaskFailed, WorkerLost
 from geotrain.job import JobSpec
 from geotrain.partition.calls import on_worker
 from geotrain.partition.orders import Directory, Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder, topic
+from geotrain.sync.messages import View
 
 POLL_S = 0.1
 WORKERS_CHECK_S = 2.0
@@ -73,12 +75,30 @@ class Partition:
         """Bring the cluster to the planned size. Raises ClusterTooSmall."""
         self.workers = self.cluster.scale(workers)
 
-    def take_seats(self, order: Callable[[int, str | None], SeatOrder]) -> SeatTaken:
-        """Seat every worker; `order` makes the order for (rank, rendezvous). Returns the leader's answer."""
+    def regroup(self, workers: int, patience_s: float) -> int:
+        """Take the workers that are there, at most so many, after giving those that were lost some time to be replaced; at least one.
+
+        Returns how many. Raises ClusterTooSmall, ClusterUnreachable.
+        """
+        until = time.monotonic() + patience_s
+        try:
+            while len(found := self.cluster.workers()) < workers and time.monotonic() < until:
+                time.sleep(POLL_S)
+        except (OSError, TimeoutError, RuntimeError) as error:
+            raise ClusterUnreachable(self.region, str(self.client.scheduler), str(error)) from error
+        if not found:
+            raise ClusterTooSmall(self.region, workers, 0, patience_s)
+        self.workers = found[:workers]
+        return len(self.workers)
+
+    def take_seats(self, order: Callable[[int, int, str | None], SeatOrder]) -> SeatTaken:
+        """Seat every worker; `order` makes the order for (rank, workers, rendezvous). Returns the leader's answer."""
         rendezvous = None
         if len(self.workers) > 1:
             rendezvous = self._await([self._submit(self.workers[0], "meeting_point")], "choosing a port")[0]
-        futures = [self._submit(worker, "take_seat", order(rank, rendezvous)) for rank, worker in enumerate(self.workers)]
+        futures = [
+            self._submit(worker, "take_seat", order(rank, len(self.workers), rendezvous)) for rank, worker in enumerate(self.workers)
+        ]
         leader: SeatTaken = self._await(futures, "building the model")[0]
         return leader
 
@@ -88,6 +108,15 @@ class Partition:
         futures = [self._submit(worker, "train_segment", self.control.run, self.region, order) for worker in self.workers]
         done: SegmentDone = self._await(futures, f"segment {order.number}")[0]
         return done
+
+    def tell_view(self, view: View, directory: Directory) -> None:
+        """Who is in from now on, said to a leader that trains. One that is lost is noticed elsewhere."""
+        self._tell("tell_view", view, directory)
+
+    def _tell(self, name: str, *args: Any) -> None:
+        """Said beside whatever the leader does."""
+        with suppress(OSError, TimeoutError, ValueError):
+            self.client.run(on_worker, name, self.control.run, self.region, *args, workers=self.workers[:1], on_error="ignore")
 
     def evaluate(self) -> dict[str, tuple[float, float]]:
         """Held-out sums and counts. Raises TaskFailed."""
@@ -121,6 +150,19 @@ class Partition:
             except (OSError, TimeoutError):
                 return
 
+    def abandon(self) -> None:
+        """After a loss: the region's other workers end what they do. One that does not is ended."""
+        with suppress(OSError, TimeoutError, ValueError, RuntimeError):
+            left = [worker for worker in self.workers if worker in self.cluster.workers()]
+            self.client.run(on_worker, "abort", self.control.run, self.region, workers=left, on_error="ignore")
+            until = time.monotonic() + SETTLE_S
+            while left and time.monotonic() < until:
+                busy = self.client.processing(left)
+                left = [worker for worker in left if busy.get(worker)]
+                time.sleep(POLL_S)
+            if left:
+                self.client.restart_workers(left, timeout=SETTLE_S, raise_for_error=False)
+
     def _submit(self, worker: str, name: str, *args: Any) -> Future:
         return self.client.submit(on_worker, name, *args, workers=[worker], allow_other_workers=False, pure=False, retries=0)
 
@@ -134,6 +176,7 @@ class Partition:
         checked = time.monotonic()
         while any(future.status == "pending" for future in futures) and all(future.status in ("pending", "finished") for future in futures):
             if self.control.abort.is_set():
+                self._tell("abort")
                 self._cancel(futures)
                 raise Stopped(self.control.run)
             self._pass_on_stop()
@@ -148,7 +191,7 @@ class Partition:
     def _pass_on_stop(self) -> None:
         if (self.control.stop.is_set() or self.control.turn.is_set()) and self._ticket is not None:
             ticket, self._ticket = self._ticket, None
-            self.client.run(on_worker, "ask_stop", self.control.run, self.region, ticket, workers=self.workers[:1])
+            self._tell("ask_stop", ticket)
 
     def _cancel(self, futures: Sequence[Future]) -> None:
         try:

@@ -1,6 +1,7 @@
-"""What a leader tells the control plane while it trains: round records and events, a few messages a second."""
+"""What a leader tells the control plane while it trains: round records, events and signs of life, a few messages a second."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from distributed import get_worker
@@ -15,15 +16,20 @@ EVERY_S = 0.5
 class Reporter:
     """Gathers round records and sends them together."""
 
-    def __init__(self, run: str, region: str) -> None:
-        self.topic = topic(run, region)
+    def __init__(self, run: str, region: str, life: int) -> None:
+        self.topic, self.life = topic(run, region), life
         self.endpoint: Endpoint | None = None
         """The leader's: what it carried and refused is told with the rounds."""
+        self.settled: Mapping[str, int] = {}
+        """The parameter server's."""
         self._rounds: list[dict[str, Any]] = []
         self._sent_at = 0.0
 
     def round(self, record: RoundRecord) -> None:
-        self._rounds.append(record.to_dict())
+        self._rounds.append({**record.to_dict(), "life": self.life})
+
+    def tell(self) -> None:
+        """Now and then, what there is to tell."""
         if time.monotonic() - self._sent_at > EVERY_S:
             self.flush()
 
@@ -34,7 +40,6 @@ class Reporter:
         if self.endpoint is not None:
             for refusal in self.endpoint.inbox.news():
                 self.event("refused", refusal)
-            if self._rounds:
-                links = {to: link.to_dict() for to, link in list(self.endpoint.transport.traffic.items())}
-                get_worker().log_event(self.topic, {"rounds": self._rounds, "links": links})
+            links = {to: link.to_dict() for to, link in list(self.endpoint.transport.traffic.items())} if self._rounds else {}
+            get_worker().log_event(self.topic, {"rounds": self._rounds, "links": links, "settled": dict(self.settled)})
         self._rounds, self._sent_at = [], time.monotonic()

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -35,8 +36,8 @@ from geotrain.stores import STORE_ERRORS
 from geotrain.sync.codec import FP32
 from geotrain.sync.feedback import coding_of
 from geotrain.sync.fragments import Fragment, make_fragments
-from geotrain.sync.machine import round_machine
-from geotrain.sync.messages import Kind, Update
+from geotrain.sync.machine import outside, round_machine
+from geotrain.sync.messages import Kind, Update, View
 from geotrain.sync.pace import Pace, pace_since
 from geotrain.sync.progress import Progress
 from geotrain.sync.replica import AnyReplica, MergeReplica, choose_codecs, replica_of
@@ -60,7 +61,10 @@ class Seat:
         self.now_in = 0
         self.stop_in = 0
         """Tickets: of the order that is under way, and of the one that is to end early."""
-        self.reporter = Reporter(order.run, order.region)
+        self.news: SimpleQueue[tuple[View, Directory]] = SimpleQueue()
+        """Views that the control plane told meanwhile."""
+        self.aborted = False
+        self.reporter = Reporter(order.run, order.region, order.life)
         self.server: ParameterServer | None = None
         self.endpoint: Endpoint | None = None
         with ExitStack() as stack:
@@ -71,10 +75,8 @@ class Seat:
             if order.rank == 0:
                 self.endpoint = self._open_endpoint()
                 stack.callback(self.endpoint.close)
-                self._seat_server(first_round=0)
             stack.callback(self.trainer.rows.close)
-            if order.restore:
-                self._restore(order.restore)
+            self._restore()
             self._open = stack.pop_all()
 
     def _open_endpoint(self) -> Endpoint:
@@ -86,23 +88,25 @@ class Seat:
         self.reporter.endpoint = endpoint
         return endpoint
 
-    def _seat_server(self, first_round: int, steps_done: int = 0) -> None:
-        order, flat = self.order, self.trainer.flat
-        pace = Pace(order.rounds_per_epoch, self.trainer.rows.steps_in)
-        at = Progress(order.region, order.view, pace, first_round, steps_done, rows=order.train.rows)
+    def _seat_server(self, round: int) -> None:
+        order, flat, rows = self.order, self.trainer.flat, self.trainer.rows
+        pace = pace_since(order.pace, rows.steps_in) if order.pace else Pace(order.rounds_per_epoch, rows.steps_in)
+        view = outside(order.region) if order.joins else order.view
+        at = Progress(order.region, view, pace, round, rows.done(pace.epoch(round)), rows=order.train.rows)
         replica = seat_replica(self.job, flat, self.strategy, order.shares, order.bits)
         adapter = BitsAdapter(self.job, order.region, self.strategy, order.view, order.shares, order.bits, flat.parameters)
         self.server = self.trainer.server = ParameterServer(
             region=order.region,
-            machine=round_machine(self.strategy, at),
+            machine=round_machine(self.strategy, at, joins=order.joins),
             replica=replica,
             transport=self._endpoint.transport,
-            alive=dask_task_alive(order.run),
+            attend=lambda: None,
             stop_wanted=lambda: self.stop_in == self.now_in,
             report=self.reporter.round,
             event=self.reporter.event,
             after_round=lambda compute_s: self._adapt(adapter, replica, compute_s),
         )
+        self.reporter.settled = self.server.settled
 
     def _adapt(self, adapter: BitsAdapter, replica: AnyReplica, compute_s: float) -> None:
         """With `codec: auto`: bits for the links as they are now."""
@@ -119,26 +123,34 @@ class Seat:
     def taken(self) -> SeatTaken:
         flat = self.trainer.flat
         wan = self.endpoint.addresses if self.endpoint is not None else {}
-        hashes = flat.hashes()
-        if self.order.restore and not self.strategy.ends_equal:
-            hashes = {}
-        return SeatTaken(self.order.region, self.order.rank, get_worker().address, wan, flat.fingerprint(), hashes, str(flat.vector.device))
+        return SeatTaken(
+            region=self.order.region,
+            rank=self.order.rank,
+            worker=get_worker().address,
+            wan=wan,
+            fingerprint=flat.fingerprint(),
+            hashes=flat.hashes(),
+            device=str(flat.vector.device),
+            life=self.order.life,
+            cursor=self.trainer.rows.book(self.trainer.rows.epoch).cursor(),
+            round=self.server.machine.at.round if self.server is not None else 0,
+        )
 
     def segment(self, order: SegmentOrder) -> SegmentDone | None:
         """Train one segment. The leader answers; the region's other workers return None."""
         self.now_in = order.ticket
-        if self.endpoint is not None:
-            self.endpoint.introduce(order.directory)
         began = time.monotonic()
-        alive = dask_task_alive(self.order.run)
+        wanted = dask_task_wanted()
         first: Directive | None = None
         if self.server is not None:
-            self.server.alive = alive
-            if order.pace is not None:
+            self.server.attend = lambda: self._attend(wanted)
+            self._endpoint.renew()
+            self.take_view(order.view, order.directory)
+            if order.pace is not None and not self.server.machine.at.steps:
                 self.server.machine.at.take_pace(pace_since(order.pace, self.trainer.rows.steps_in))
             first = self.server.begin(order.until)
         try:
-            self.trainer.segment(first, alive)
+            self.trainer.segment(first, self._check_abort)
         except BaseException:
             self.trainer.group.close()  # so that the region's other workers do not wait for this one
             raise
@@ -148,6 +160,27 @@ class Seat:
         totals, round = self.server.totals, self.server.machine.at.round
         self.reporter.flush()
         return self._done(order, totals, round, time.monotonic() - began)
+
+    def take_view(self, view: View, directory: Directory) -> None:
+        """Who is in from now on, and where they are."""
+        assert self.server is not None
+        self._endpoint.introduce(directory)
+        self.server.change_view(view)  # one that is known already changes nothing
+
+    def _attend(self, wanted: Callable[[], bool]) -> None:
+        """Before an inner step, and while there is none to make: take the views that were told, see whether anybody is in charge."""
+        self._check_abort()
+        self.reporter.tell()
+        while not self.news.empty():
+            view, directory = self.news.get()
+            if self.server is not None and view.epoch > self.server.machine.at.view.epoch:
+                self.take_view(view, directory)
+        if not wanted():
+            raise Stopped(self.order.run)
+
+    def _check_abort(self) -> None:
+        if self.aborted:
+            raise Stopped(self.order.run)
 
     def _done(self, order: SegmentOrder, totals: Totals, round: int, seconds: float) -> SegmentDone:
         assert self.server is not None
@@ -181,7 +214,8 @@ class Seat:
         assert self.server is not None
         began = time.monotonic()
         self._endpoint.introduce(directory)
-        self.server.alive = dask_task_alive(self.order.run)
+        wanted = dask_task_wanted()
+        self.server.attend = lambda: self._attend(wanted)
         self.server.merge_fully()
         self.server.drain()
         return sha256(self.trainer.flat.vector), self._traffic(), time.monotonic() - began
@@ -198,11 +232,25 @@ class Seat:
             **prefixed("inner", inner),
             **prefixed("sync", self.server.replica.state()),
         }
-        facts = {"round": round, "steps_done": self.server.machine.at.done, "inner": numbers, "cursor": rows.book(rows.epoch).cursor()}
-        return checkpoint.write_part(self.order.region, url, tensors, facts)
+        facts = {"round": round, "inner": numbers, "cursor": rows.book(rows.epoch).cursor()}
+        return checkpoint.write_part(self.order.region, url, round, tensors, facts)
 
-    def _restore(self, part: checkpoint.StoredPart) -> None:
-        """Continue from a checkpoint. Every worker of the region reads the part; only the leader keeps the exchange's state."""
+    def _restore(self) -> None:
+        """Be where the order says. Every worker of the region reads the part; only the leader keeps the exchange's state."""
+        place, part = self.order.place, self.order.restore
+        tensors, facts = self._load(part) if part is not None else ({}, {"round": 0, "cursor": None})
+        if place is not None:
+            self.trainer.rows.restore(place.cursor, place.at)
+        elif facts["cursor"] is not None:
+            self.trainer.rows.restore(facts["cursor"])
+        if self.order.rank == 0:
+            self._seat_server(facts["round"] if place is None else place.round)
+            assert self.server is not None
+            if part is not None:
+                self.server.replica.load_state(without_prefix("sync", tensors))
+
+    def _load(self, part: checkpoint.StoredPart) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """A part of a checkpoint, whose model and inner optimizer are taken. Raises BadCheckpoint."""
         tensors, facts = checkpoint.read_part(part)
         flat, model = self.trainer.flat, without_prefix("model", tensors)
         try:
@@ -210,11 +258,7 @@ class Seat:
         except RuntimeError as error:
             raise BadCheckpoint(part.url, f"it holds another model: {error}") from error
         load_optimizer_state(self.trainer.optimizer, flat, without_prefix("inner", tensors), facts["inner"])
-        self.trainer.rows.restore(facts["cursor"])
-        if self.order.rank == 0:
-            self._seat_server(facts["round"], facts["steps_done"])
-            assert self.server is not None
-            self.server.replica.load_state(without_prefix("sync", tensors))
+        return tensors, facts
 
     def _warm_start(self, url: str) -> None:
         try:
@@ -292,19 +336,18 @@ def device_of(job: JobSpec, region: str) -> torch.device:
     return torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")
 
 
-def dask_task_alive(run: str) -> Callable[[], None]:
-    """A check that raises Stopped once the scheduler no longer wants the Dask task in which it was made.
+def dask_task_wanted() -> Callable[[], bool]:
+    """Whether the scheduler still wants the Dask task in which this was called: it does not once the client is gone.
 
     future.cancel() does not stop a running function, and neither does the loss of the client: the function must look.
     """
     worker, key = get_worker(), thread_state.key
 
-    def alive() -> None:
+    def wanted() -> bool:
         task = worker.state.tasks.get(key)
-        if task is None or task.state == "cancelled":
-            raise Stopped(run)
+        return task is not None and task.state != "cancelled"
 
-    return alive
+    return wanted
 
 
 _SEATS: dict[tuple[str, str], Seat] = {}
@@ -416,6 +459,18 @@ def ask_stop(run: str, region: str, ticket: int) -> None:
     """Runs beside the segment: ask the leader to end it at the next round that all can agree on."""
     if (run, region) in _SEATS:
         _SEATS[run, region].stop_in = ticket
+
+
+def tell_view(run: str, region: str, view: View, directory: Directory) -> None:
+    """Runs beside the segment: who is in from now on."""
+    if (run, region) in _SEATS:
+        _SEATS[run, region].news.put((view, directory))
+
+
+def abort(run: str, region: str) -> None:
+    """Runs beside the segment: end it at once."""
+    if (run, region) in _SEATS:
+        _SEATS[run, region].aborted = True
 
 
 def leave(run: str, region: str) -> None:

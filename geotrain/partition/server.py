@@ -60,6 +60,12 @@ class RoundRecord:
     samples: int
     loss: float | None
     held_s: float
+    epoch: int
+    done: int
+    """Inner steps of that epoch that this region has made, this round's included; negative: it owes some of the epoch before."""
+    steps: int
+    settled: dict[str, int]
+    """Region -> the first of its rounds that is not in what this region holds."""
     links: dict[str, dict[str, float]] = field(default_factory=dict)
     """To each peer since the round before: bytes, retries, seconds blocked and hidden; and its round trip and goodput of late."""
 
@@ -95,8 +101,8 @@ class ParameterServer:
     machine: RoundMachine
     replica: Replica
     transport: Transport
-    alive: Callable[[], None]
-    """Raises when the control plane is gone or has cancelled."""
+    attend: Callable[[], None]
+    """Does what the control plane has said meanwhile. Raises when it wants an end."""
     stop_wanted: Callable[[], bool]
     report: Callable[[RoundRecord], None]
     event: Callable[[str, dict[str, Any]], None]
@@ -104,6 +110,8 @@ class ParameterServer:
     after_round: Callable[[float], None] = lambda compute_s: None
     """Told how long the round's inner steps took, without waiting."""
     totals: Totals = field(default_factory=Totals)
+    settled: dict[str, int] = field(default_factory=dict)
+    """Region -> the first of its rounds that is not in what this region holds, as far as it was told since the run began."""
     _payloads: dict[tuple[str, int, str, int, int], Tensor] = field(default_factory=dict)
     _wake_at: list[float] = field(default_factory=list)
     _told_wake: list[float] = field(default_factory=list)
@@ -163,7 +171,7 @@ class ParameterServer:
 
     def _directive(self) -> Directive:
         """Take what came; while the machine holds, wait for more."""
-        self.alive()
+        self.attend()
         if self.stop_wanted() and not self._stop_told:
             self._stop_told = True
             self.handle(StopAsked(self.clock()))
@@ -172,13 +180,13 @@ class ParameterServer:
         self.tick()
         at = self.machine.at
         while at.held and not at.over:
-            self.alive()
+            self.attend()
             wait_s = min([POLL_S, *(max(0.0, at - self.clock()) for at in self._wake_at)])
             if (late := self.transport.receive(wait_s)) is not None:
                 self.take(late)
             self.tick()
         changed, self._changed = self._changed, False
-        return Directive(at.round, changed, at.over)
+        return Directive(at.round, changed, at.over, at.pace.epoch(at.round), at.done + at.steps)
 
     def tick(self) -> None:
         """Tell the machine the time, if it asked to be told."""
@@ -227,6 +235,8 @@ class ParameterServer:
                 with _naming(update):
                     self.replica.apply(update, self._payloads.pop(update.key), weight)
                 self._changed = True
+                for region in update.members if update.kind is Kind.MERGED else (update.origin,) if update.kind is Kind.PUSH else ():
+                    self.settled[region] = max(self.settled.get(region, 0), update.round + 1)
             case Return(update, weight):
                 self.replica.take_back(update, self._payloads.pop(update.key), weight)
                 self.event("missed", {"round": update.round, "fragment": update.fragment, "weight_of_the_next": weight})
@@ -294,7 +304,8 @@ class ParameterServer:
         self.totals.loss += self._round_loss
         mean = self._round_loss / closed.samples if closed.samples else None
         held_s = round(self._round_held_s, 6)
-        self.report(RoundRecord(self.region, closed.round, time.time(), closed.samples, mean, held_s, self._links()))
+        at, settled = (closed.epoch, closed.done, closed.steps), dict(self.settled)
+        self.report(RoundRecord(self.region, closed.round, time.time(), closed.samples, mean, held_s, *at, settled, self._links()))
         now = self.clock()
         if self._closed_at is not None:
             self.after_round(max(0.0, now - self._closed_at - self._round_held_s))
@@ -315,7 +326,7 @@ class ParameterServer:
         """Wait until the peers have acknowledged everything; the segment's own end says that they will."""
         until = self.clock() + DRAIN_S
         while not self.transport.drain(POLL_S):
-            self.alive()
+            self.attend()
             if self.clock() > until:
                 self.event("slow_acknowledgement", {"waited_s": DRAIN_S})
                 until = self.clock() + DRAIN_S

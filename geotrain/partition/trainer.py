@@ -46,8 +46,8 @@ class Rows:
             self.books[epoch] = self._new_book(epoch)
         return self.books[epoch]
 
-    def _new_book(self, epoch: int) -> LeaseBook:
-        return LeaseBook(self.groups, seed=self.train.seed, epoch=epoch, workers=self.world, mix=self.train.mix_row_groups)
+    def _new_book(self, epoch: int, workers: int | None = None) -> LeaseBook:
+        return LeaseBook(self.groups, seed=self.train.seed, epoch=epoch, workers=workers or self.world, mix=self.train.mix_row_groups)
 
     def steps_in(self, epoch: int) -> int:
         """Inner steps of an epoch: those of the worker with the most rows."""
@@ -77,11 +77,36 @@ class Rows:
         book.seek(done if done >= 0 else max(0, book.steps(self.train.batch_size) + done), self.train.batch_size)
         self.books = {self.epoch: book}
 
-    def restore(self, cursor: dict[str, Any]) -> None:
+    def restore(self, cursor: dict[str, Any], at: tuple[int, int] | None = None) -> None:
+        """Go on from a cursor; or from where `at`, (epoch, inner steps made of it), leads in leases that were lent as the cursor says.
+
+        With another number of workers what is not trained on is lent anew.
+        """
         self.close()
-        mix = self.train.mix_row_groups
-        book = LeaseBook.at(cursor, self.groups, seed=self.train.seed, workers=self.world, mix=mix)
+        lent = len(cursor["used"])
+        book = self._book_at(cursor, lent)
+        if at is not None:
+            epoch, done = at
+            if (last := epoch if done >= 0 else epoch - 1) > book.epoch:
+                book = self._new_book(last, lent)
+            book.seek(done if done >= 0 else max(0, book.steps(self.train.batch_size) + done), self.train.batch_size)
+        if lent != self.world:
+            book = self._book_at(book.cursor(), self.world)
         self.books, self.epoch = {book.epoch: book}, book.epoch
+
+    def _book_at(self, cursor: dict[str, Any], workers: int) -> LeaseBook:
+        return LeaseBook.at(cursor, self.groups, seed=self.train.seed, workers=workers, mix=self.train.mix_row_groups)
+
+    def follow(self, epoch: int, done: int) -> None:
+        """Be there, if this is not where the rows are anyhow: a region that was away goes on with the rows of the round it comes to."""
+        if self.epoch not in (epoch, epoch - 1) or self.done(epoch) != done:
+            self.seek(epoch, done)
+
+    def done(self, epoch: int) -> int:
+        """Inner steps made of an epoch since its rows were lent; negative: some of the epoch before are still to be made."""
+        book, batch = self.book(self.epoch), self.train.batch_size
+        made = max(-(-used // batch) for used in book.used)
+        return made if self.epoch == epoch else made - book.steps(batch)
 
     def close(self) -> None:
         if self.stream is not None:
@@ -113,6 +138,7 @@ class Trainer:
                 alive()
             if directive.round != round:
                 round = directive.round
+                self.rows.follow(directive.epoch, directive.done)
                 self.seed_round(round)
             directive = self._step(round)
 

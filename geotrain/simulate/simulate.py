@@ -213,7 +213,7 @@ def _trained(job: JobSpec, plan: Plan, inventory: Mapping[str, Inventory]) -> Ca
             _machine_at(job, plan, region, view, trainer.rows.steps_in, joins=joins),
             seat_replica(job, trainer.flat, strategy, tuple(plan.shares.values()), plan.bits.get(region)),
             Wire(lambda to, update, payload_bytes, payload: simulation.send(region, to, update, payload_bytes, payload)),
-            alive=lambda: None,
+            attend=lambda: None,
             stop_wanted=lambda: False,
             report=lambda record: None,
             event=lambda what, facts: events.update([what]),

@@ -233,7 +233,7 @@ class MergeMachine:
         The order matters to what the owner keeps from one merge to the next: its residual, and what a penalty compares with.
         """
         there, everyone = self.collected.get(place), len(self.at.view.regions)
-        quorum = self.strategy.quorum or everyone
+        quorum = min(self.strategy.quorum or everyone, everyone)
         before = (place[0] - self.strategy.turns, place[1])
         if not there or len(there) < quorum or (before[0] >= self.applied and before not in self.merged):
             return []

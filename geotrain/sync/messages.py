@@ -237,6 +237,10 @@ class RoundClosed:
     round: int
     samples: int
     """Of this region, in this round."""
+    epoch: int
+    done: int
+    """Where it is in its rows: an epoch, and the inner steps made of it; negative: some of the epoch before are still to be made."""
+    steps: int
     now: float
 
 

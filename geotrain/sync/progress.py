@@ -70,7 +70,7 @@ class Progress:
         assert self.steps <= self.quota, (self.region, self.round, self.steps)
 
     def close_round(self, now: float) -> RoundClosed:
-        closed = RoundClosed(self.round, self.samples, now)
+        closed = RoundClosed(self.round, self.samples, self.pace.epoch(self.round), self.done + self.steps, self.steps, now)
         self.jump(self.round + 1)
         return closed
 

@@ -79,6 +79,8 @@ class FlightTransport:
         self._host = listen.rpartition(":")[0]
         self._server = _Server(listen, self)
         self._lanes: dict[str, _Lane] = {}
+        self._left: list[_Lane] = []
+        """To peers that have left; their threads end with the call that they are in."""
 
     @property
     def region(self) -> str:
@@ -114,8 +116,14 @@ class FlightTransport:
         until = time.monotonic() + timeout_s
         return all(lane.drain(max(0.0, until - time.monotonic())) for lane in list(self._lanes.values()))
 
+    def forget(self, to: str) -> None:
+        """A peer has left: what it did not acknowledge is dropped, and what became of the link is no error."""
+        if (lane := self._lanes.pop(to, None)) is not None:
+            lane.stop()
+            self._left.append(lane)
+
     def close(self) -> None:
-        lanes = list(self._lanes.values())
+        lanes = [*self._lanes.values(), *self._left]
         for lane in lanes:
             lane.stop()
         for lane in lanes:
@@ -271,6 +279,7 @@ class _Lane:
     def stop(self) -> None:
         with self._changed:
             self._closed = True
+            self.traffic.end(time.monotonic())
             self._changed.notify_all()
 
     def join(self) -> None:

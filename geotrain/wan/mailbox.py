@@ -113,7 +113,6 @@ class MailboxTransport:
         self.traffic: dict[str, LinkTraffic] = {}
         self.give_up_s = give_up_s
         self.once = Once()
-        self.closed = threading.Event()
         self.room = threading.Condition()
         self.held = 0
         """Bytes that are read and not taken."""
@@ -123,6 +122,8 @@ class MailboxTransport:
         self._sweep(open_box(identity.region, own, place, self.patience_s))
         self._writers: dict[str, _Writer] = {}
         self._readers: dict[str, _Reader] = {}
+        self._left: list[_Worker] = []
+        """To and from peers that have left."""
 
     @property
     def patience_s(self) -> float:
@@ -152,6 +153,13 @@ class MailboxTransport:
             self._writers[to] = _Writer(self, to)
         self._writers[to].put(update, payload)
 
+    def forget(self, to: str) -> None:
+        """A peer has left: what it did not acknowledge is dropped, and what became of the link is no error."""
+        for workers in (self._writers, self._readers):
+            if (worker := workers.pop(to, None)) is not None:
+                worker.end()
+                self._left.append(worker)
+
     def receive(self, timeout_s: float) -> Delivery | None:
         self.check()
         return self.inbox.get(timeout_s)
@@ -172,10 +180,9 @@ class MailboxTransport:
 
     def close(self) -> None:
         """Ends the threads and removes this endpoint's objects."""
-        self.closed.set()
-        workers = [*self._writers.values(), *self._readers.values()]
+        workers = [*self._writers.values(), *self._readers.values(), *self._left]
         for worker in workers:
-            worker.wake()
+            worker.end()
         for worker in workers:
             worker.join()
         try:
@@ -206,6 +213,7 @@ class _Worker(ABC):
         self.traffic = owner.link(peer)
         self.error: WanError | None = None
         self.changed = threading.Condition()
+        self.over = threading.Event()
         self.rtt_s = 0.0
         """Of the last request."""
         self._alive_at = time.monotonic()
@@ -216,7 +224,7 @@ class _Worker(ABC):
 
     def _run(self) -> None:
         try:
-            while not self.owner.closed.is_set():
+            while not self.over.is_set():
                 self.turn()
         except _Closed:
             return
@@ -230,7 +238,9 @@ class _Worker(ABC):
     def turn(self) -> None:
         """One piece of its work, or a wait for some. Raises _Closed, or a WanError that ends it."""
 
-    def wake(self) -> None:
+    def end(self) -> None:
+        """Its thread ends with the request that it is in."""
+        self.over.set()
         with self.changed:
             self.changed.notify_all()
         with self.owner.room:
@@ -244,7 +254,7 @@ class _Worker(ABC):
         """The answer to a request, however often it takes. Raises MailboxUnusable after give_up_s without any."""
         pause = 0.05
         while True:
-            if self.owner.closed.is_set():
+            if self.over.is_set():
                 raise _Closed
             began = time.monotonic()
             with self._counting:
@@ -256,7 +266,7 @@ class _Worker(ABC):
                     raise MailboxUnusable(self.owner.identity.region, url, str(error) or type(error).__name__) from error
                 with self._counting:
                     self.traffic.retries += 1
-                self.owner.closed.wait(pause)
+                self.over.wait(pause)
                 pause = min(2 * pause, LONGEST_POLL_S)
                 continue
             self._alive_at = now = time.monotonic()
@@ -274,7 +284,7 @@ class _Worker(ABC):
 
 
 class _Closed(Exception):
-    """The transport was closed while a request was under way."""
+    """The worker is to end while a request is under way."""
 
 
 class _Writer(_Worker):
@@ -306,7 +316,7 @@ class _Writer(_Worker):
     def turn(self) -> None:
         self._meet()
         with self.changed:
-            if self.owner.closed.is_set():
+            if self.over.is_set():
                 return
             if self._theirs is None or not (self._waiting or self._written):
                 self._alive_at = time.monotonic()
@@ -413,7 +423,7 @@ class _Reader(_Worker):
         if self._theirs is None or self.owner.peers.get(self.peer) != self._theirs[1]:
             self._theirs, self._next = self.box_of(self.peer), 0
             if self._theirs is None:
-                self.owner.closed.wait(ADDRESS_S)
+                self.over.wait(ADDRESS_S)
                 return
         first = self._fetch(0)
         if first is None:
@@ -446,8 +456,8 @@ class _Reader(_Worker):
         size = delivery.payload.numel()
         with owner.room:
             most = ROOM * owner.identity.largest_payload
-            owner.room.wait_for(lambda: owner.closed.is_set() or not owner.held or owner.held + size <= most)
-            if owner.closed.is_set():
+            owner.room.wait_for(lambda: self.over.is_set() or not owner.held or owner.held + size <= most)
+            if self.over.is_set():
                 raise _Closed
             if new := owner.once.first(delivery.update):
                 owner.held += size
@@ -481,7 +491,7 @@ class _Reader(_Worker):
                 self._alive_at = time.monotonic()
             most = min(max(self._gap_s / POLLS_PER_GAP, 0.02), LONGEST_POLL_S)
             pause = min(max(self.rtt_s, 0.01, 1.5 * pause), most if content is None else LONGEST_POLL_S)
-            if self.owner.closed.wait(pause):
+            if self.over.wait(pause):
                 raise _Closed
         return None
 

@@ -11,11 +11,11 @@ from geotrain.wan.flight import FlightTransport
 from geotrain.wan.mailbox import MailboxTransport
 from geotrain.wan.transport import Delivery, Inbox, LinkTraffic
 
-Way = Callable[[str], str]
+Way = Callable[[str], str | None]
 
 
 class Routed:
-    """`ways`: the transports by name, which share `inbox`. `way`: region -> the name of the one to take there."""
+    """`ways`: the transports by name, which share `inbox`. `way`: region -> the name of the one to take there, None: it has left."""
 
     def __init__(self, region: str, ways: Mapping[str, FlightTransport | MailboxTransport], inbox: Inbox, way: Way) -> None:
         self.region, self.ways, self.inbox, self.way = region, ways, inbox, way
@@ -24,10 +24,16 @@ class Routed:
             transport.traffic = self.traffic
 
     def send(self, to: str, update: Update, payload: Tensor) -> None:
-        name = self.way(to)
+        if (name := self.way(to)) is None:
+            return
         if name not in self.ways:
             raise PeerUnreachable(self.region, to, name, "this endpoint was opened without that transport")
         self.ways[name].send(to, update, payload)
+
+    def forget(self, peer: str) -> None:
+        """Drop what is under way to a peer that has left."""
+        for transport in self.ways.values():
+            transport.forget(peer)
 
     def receive(self, timeout_s: float) -> Delivery | None:
         for transport in self.ways.values():

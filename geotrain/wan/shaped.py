@@ -82,7 +82,8 @@ class Shaped:
                 link.updates += 1
                 link.payload_bytes += payload.numel()
                 link.wire_bytes += payload.numel() + HEADER_BYTES
-                link.retries = self.inner.traffic[to].retries
+                if (inner := self.inner.traffic.get(to)) is not None:
+                    link.retries = inner.retries
                 link.seconds += due_at + self.line(to).delay_s - sent_at
                 if not any(entry[2] == to for entry in self._due):
                     link.end(time.monotonic())

@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +18,7 @@ from geotrain.job import JobSpec
 from geotrain.report.folder import RunFolder
 from geotrain.run import Run
 from geotrain.simulate.simulate import simulate
-from tests.making import points_job, write_points
-
-
-def conduct(run: Run, before_segment: Callable[[Run, int], None] = lambda run, segment: None) -> dict[str, Any]:
-    """What flows.train does, in threads instead of tasks."""
-    with run:
-        run.look_and_plan()
-        run.introduce(run.in_every_region(run.provision))
-        for segment in run.segments_left():
-            before_segment(run, segment)
-            if run.synchronize(segment, run.in_every_region(run.train, segment)):
-                break
-            if run.control.stop.is_set():
-                raise Stopped(run.id)
-        if run.needs_final_merge:
-            assert len(set(run.in_every_region(run.merge_fully))) == 1
-        sums = run.in_every_region(run.evaluate)
-        run.conclude({region.name: part for region, part in zip(run.job.regions, sums, strict=True)})
-        run.publish()
-        return run.report()
+from tests.making import conduct, points_job, write_points
 
 
 def model_of(run: Run) -> dict[str, torch.Tensor]:

@@ -18,8 +18,8 @@ from geotrain.sync.messages import Kind, Update
 from geotrain.wan import certs
 from geotrain.wan.flight import FlightTransport
 from geotrain.wan.transport import Identity
-from tests.integration.test_run import conduct, model_of, same
-from tests.making import job_tree, points_job
+from tests.integration.test_run import model_of, same
+from tests.making import conduct, job_tree, points_job
 
 SYNC = {"strategy": "diloco", "every": 4, "codec": "bf16"}
 

@@ -1,0 +1,199 @@
+"""Membership: regions are lost and come back while the others train. Who notices, what is told to whom, and where each goes on."""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from geotrain.checkpoint import Manifest, StoredPart
+from geotrain.errors import ClusterError, GeotrainError, ModelMismatch, Stopped
+from geotrain.job import JobSpec
+from geotrain.partition.orders import Directory, SeatOrder, SeatTaken
+from geotrain.partition.partition import Control, Partition
+from geotrain.partition.ways import directory_of, others_with_a_choice
+from geotrain.plan.planner import Plan
+from geotrain.report.board import Board
+from geotrain.report.folder import RunFolder
+from geotrain.roster import Roster
+from geotrain.sync.messages import View
+from geotrain.tally import Tally
+
+REPLACED_S = 3.0
+"""How long a cluster gets to replace a worker before the region goes on with those that are left."""
+AGAIN_S = 1.0
+"""Between two attempts to bring a region back."""
+
+MakeOrder = Callable[..., SeatOrder]
+"""Called with (region, rank, world, rendezvous, view, restore, joins, place)."""
+
+
+class Membership:
+    """The regions of a run while it trains. Methods with a region block; each is called from that region's thread."""
+
+    def __init__(
+        self, job: JobSpec, plan: Plan, epoch: int, control: Control, board: Board, folder: RunFolder, partitions: Mapping[str, Partition]
+    ) -> None:
+        self.job, self.plan, self.control, self.board, self.folder, self.partitions = job, plan, control, board, folder, partitions
+        self.roster = Roster(control.run, plan.view(epoch), job.quorum)
+        self.tally = Tally()
+        self.directory = Directory({}, {})
+        self.manifest: Manifest | None = None
+        """The last that was committed."""
+        self._addresses: dict[str, dict[str, str]] = {}
+        self._tried: dict[str, Mapping[str, str | None]] = {}
+        self._first: SeatTaken | None = None
+        """Whose model all others must have."""
+        self._lock = threading.RLock()
+        """Of who is in, and where they are."""
+        self._seating = threading.Lock()
+        """One region comes back at a time."""
+        self._threads = ThreadPoolExecutor(max_workers=len(job.regions), thread_name_prefix="geotrain-tell")
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """The regions that are in."""
+        return self.roster.view.regions
+
+    # The beginning.
+
+    def introduce(self, seats: Sequence[SeatTaken], in_every_region: Callable[..., list[Any]], round: int) -> None:
+        """All regions begin: with one model, and it is settled how each leader reaches the others. Raises ModelMismatch."""
+        first, *rest = seats
+        for other in rest:
+            self._check_same_model(first, other, values=self.manifest is None)
+        self._first = first
+        self._addresses = {seat.region: seat.wan for seat in seats}
+        names = [region.name for region in self.job.regions]
+        self._tried = dict(zip(names, in_every_region(self._try_links), strict=True))
+        self.directory = self._directory(self.roster.view)
+        for region, dialled in self._tried.items():
+            for to, why in dialled.items():
+                way = self.directory.ways[f"{region}>{to}"]
+                self.folder.event("link", region=region, to=to, transport=way, why=why or "the leader can dial it")
+        for seat in seats:
+            self._seated(seat)
+        if self.manifest is not None and any((part := self.manifest.part(name)) is None or part.round != round for name in names):
+            self.roster.begin_again()
+
+    def _check_same_model(self, first: SeatTaken, other: SeatTaken, *, values: bool) -> None:
+        compared = [("shape", first.fingerprint, other.fingerprint), *([("initial values", first.hashes, other.hashes)] if values else [])]
+        for what, mine, theirs in compared:
+            for name in sorted(mine.keys() | theirs.keys()):
+                if mine.get(name) != theirs.get(name):
+                    detail = f"its {what} differ" if name in mine and name in theirs else "only one of the two has it"
+                    raise ModelMismatch(other.region, first.region, name, detail)
+
+    def _try_links(self, region: str) -> dict[str, str | None]:
+        """Other region -> why the leader cannot dial it, None where it can; of the links that have a choice."""
+        there = {
+            other: self._addresses[other]["flight"]
+            for other in others_with_a_choice(self.job, region)
+            if "flight" in self._addresses[other]
+        }
+        return self.partitions[region].reach(there) if there else {}
+
+    def _directory(self, view: View) -> Directory:
+        return directory_of(
+            self.job, {region: self._addresses[region] for region in view.regions if region in self._addresses}, self._tried
+        )
+
+    def _seated(self, seat: SeatTaken) -> None:
+        self.tally.seated(seat.region, seat.cursor, seat.round)
+        workers = len(seat.cursor["used"])
+        self.folder.event("seated", region=seat.region, round=seat.round, life=seat.life, workers=workers, cursor=seat.cursor)
+
+    # A segment.
+
+    def enter(self, region: str, ticket: int, make_order: MakeOrder) -> tuple[View, Directory] | None:
+        """The view in which a region trains now, bringing it back first where it was lost; None: the others ended the segment without it.
+
+        Raises QuorumLost, Stopped.
+        """
+        while True:
+            if region not in self.roster.view.regions:
+                self._bring_back(region, ticket, make_order)
+            if self.roster.over(ticket):
+                return None
+            self.roster.wait_for_quorum(self.control.abort, self.job.elastic.give_up_after_s)
+            with self._lock:
+                if region in self.roster.view.regions:
+                    return self.roster.view, self.directory
+
+    def end(self, region: str, ticket: int, view: View) -> bool:
+        """At a segment's end; False: the view has changed, and the region must enter again."""
+        return self.roster.end(region, ticket, view.epoch, self.control.abort)
+
+    def lost(self, region: str, error: GeotrainError, round: int) -> None:
+        """Its workers, or its cluster, are gone: the others go on in a view without it."""
+        self.board.status(region, "lost")
+        with self._lock:
+            view = self.roster.lose(region)
+            self._addresses.pop(region, None)
+            self.folder.event("lost", region=region, message=error.message)
+            self._tell(view)
+            if not view.regions:
+                self.tally.back_to(round)
+                self.folder.event("rolled_back", round=round, why="no region was left that holds what came later")
+            elif not self.roster.enough:
+                self.control.turn.set()  # the segment ends early, with a checkpoint
+        self.partitions[region].abandon()
+
+    def _tell(self, view: View) -> None:
+        self.directory = self._directory(view)
+        self.folder.event("view", epoch=view.epoch, regions=view.regions, owners=view.owners, quorum=self.roster.quorum)
+        self.board.enter(self.stage)
+        for region in view.regions:
+            self._threads.submit(self.partitions[region].tell_view, view, self.directory)
+
+    @property
+    def stage(self) -> str:
+        """What the run is doing, in words."""
+        away = sorted({region.name for region in self.job.regions} - set(self.present))
+        if not self.roster.enough:
+            return f"recovering: waiting for {', '.join(away)}"
+        return f"training, degraded: without {', '.join(away)}" if away else "training"
+
+    def _bring_back(self, region: str, ticket: int, make_order: MakeOrder) -> None:
+        """Again and again until it has a seat, or the others have ended the segment. Raises QuorumLost, Stopped."""
+        while not self.roster.over(ticket):
+            if self.control.abort.is_set():
+                raise Stopped(self.control.run)
+            self.roster.check_quorum(self.job.elastic.give_up_after_s)
+            self.board.status(region, "waiting for a worker")
+            try:
+                self.partitions[region].regroup(self.plan.region(region).workers, REPLACED_S)
+                self.board.status(region, "building the model")
+                if self._take_seat_again(region, make_order):
+                    return
+            except ClusterError as error:
+                self.board.status(region, f"lost: {error.message}")
+            self.control.abort.wait(AGAIN_S)
+
+    def _take_seat_again(self, region: str, make_order: MakeOrder) -> bool:
+        """Seat a region's workers and take it in. With nobody else in, it goes on from the last checkpoint, if it was there."""
+        with self._seating:
+            alone, part = not self.present, self.manifest.part(region) if self.manifest else None
+            if alone and self.manifest is not None and (part is None or part.round != self.manifest.round):
+                return False  # another region has what all agreed on
+            place = None if alone else self.tally.place(region)
+            view = self.roster.with_(region)
+            taken = self.partitions[region].take_seats(
+                lambda rank, world, rendezvous: make_order(region, rank, world, rendezvous, view, part, not alone, place)
+            )
+            if self._first is not None:
+                self._check_same_model(self._first, taken, values=False)
+            with self._lock:
+                self._addresses[region] = taken.wan
+                view = self.roster.admit(region)
+                self._seated(taken)
+                self.folder.event("back", region=region)
+                self._tell(view)
+        self.board.status(region, "back")
+        return True
+
+    def parts_of_absent(self, there: set[str]) -> list[StoredPart]:
+        """What the last manifest has of the others."""
+        return [part for part in self.manifest.parts if part.region not in there] if self.manifest else []
+
+    def close(self) -> None:
+        self._threads.shutdown()
