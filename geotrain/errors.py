@@ -156,8 +156,8 @@ class WorkerLost(ClusterError):
 
 
 class WorkerHangs(ClusterError):
-    fields = ("region", "worker", "seconds")
-    says = "region {region}: worker {worker} made no inner step for {seconds:.0f} s"
+    fields = ("region", "worker", "waited_s")
+    says = "region {region}: worker {worker} made no inner step for {waited_s:.0f} s"
     remedy = "it was ended; look at its log and at that machine, then `geotrain resume`"
 
 

@@ -17,7 +17,7 @@ from geotrain.clusters import RegionCluster, open_cluster, quiet_dask
 from geotrain.data.inventory import Inventory, check_same_schema
 from geotrain.errors import ClusterError, Diverged, GeotrainError, JobError, NothingToResume, Stopped
 from geotrain.job import JobSpec, RegionSpec
-from geotrain.membership import Membership
+from geotrain.members.membership import Membership
 from geotrain.metrics import add_sums, means
 from geotrain.partition.orders import Place, Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder
 from geotrain.partition.partition import Control, Partition
@@ -337,7 +337,7 @@ class Run:
             self.board.status(region, "running")
             order = SegmentOrder(segment, ticket, until, self.plan.change_at(self.round), view, directory, self.folder.url)
             try:
-                done = self.partitions[region].train(order)
+                done = self.partitions[region].train(order, self.plan.hangs_after_s(region))
             except ClusterError as error:
                 self.membership.lost(region, error, self.round)
                 continue

@@ -63,15 +63,15 @@ def account(groups: Sequence[RowGroup], seatings: Sequence[Seating], *, seed: in
     void: dict[int, int] = {}
     again: dict[int, set[int]] = {}
     away: set[int] = set()
-    last = 0
+    end = 0
     for number, seating in enumerate(seatings):
         until = min((later.round for later in seatings[number + 1 :]), default=None)
         taken = _Rows(groups, seating.cursor, seed, mix, batch_size)
-        expected = seating.round
+        expected, last = seating.round, seating.cursor["epoch"]
         for record in sorted(seating.rounds, key=lambda record: record.round):
             if record.round > expected:
                 away |= set(range(last, record.epoch + 1))
-            expected, last = record.round + 1, record.epoch
+            expected, last, end = record.round + 1, record.epoch, max(end, record.epoch)
             for epoch, positions in taken.of(record):
                 counts.setdefault(epoch, np.zeros(rows, dtype=np.int32))
                 if until is None or record.round < until:
@@ -80,7 +80,7 @@ def account(groups: Sequence[RowGroup], seatings: Sequence[Seating], *, seed: in
                     void[epoch] = void.get(epoch, 0) + positions.size
                     again.setdefault(epoch, set()).add(record.round)
     found = []
-    for epoch in range(last + 1 if counts else 0):
+    for epoch in range(end + 1 if counts else 0):
         count = counts.get(epoch, np.zeros(rows, dtype=np.int32))
         rounds = tuple(sorted(again.get(epoch, ())))
         found.append(EpochOfRows(epoch, rows, int((count > 0).sum()), int((count > 1).sum()), void.get(epoch, 0), rounds, epoch in away))

@@ -1,5 +1,6 @@
 """The control plane's handle on one region: what is asked of its workers, and the truth about what became of it."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from distributed import Client, Future
 
 from geotrain.clusters import RegionCluster
 from geotrain.data.inventory import Inventory
-from geotrain.errors import ClusterTooSmall, ClusterUnreachable, GeotrainError, Stopped, TaskFailed, WorkerLost
+from geotrain.errors import ClusterTooSmall, ClusterUnreachable, GeotrainError, Stopped, TaskFailed, WorkerHangs, WorkerLost
 from geotrain.job import JobSpec
 from geotrain.partition.calls import on_worker
 from geotrain.partition.orders import Directory, Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder, topic
@@ -45,6 +46,9 @@ class Partition:
         self.workers: list[str] = []
         """Addresses of the workers with a seat; the leader's first."""
         self._listener = listener
+        self._hung: set[str] = set()
+        self._sign_at: float | None = None
+        """When the leader last said that it makes steps, or why it makes none; None: it does something else."""
         self._ticket: int | None = None
         """Of the segment under way that may still be asked to end early."""
         self.client.subscribe_topic(topic(control.run, region), self._heard)
@@ -54,6 +58,8 @@ class Partition:
         return self.cluster.client
 
     def _heard(self, event: tuple[float, dict[str, Any]]) -> None:
+        if "rounds" in event[1]:
+            self._sign_at = None if event[1].get("closing") else time.monotonic()
         self._listener(self.region, event[1])
 
     def survey(self) -> tuple[Inventory, Inventory | None]:
@@ -82,7 +88,7 @@ class Partition:
         """
         until = time.monotonic() + patience_s
         try:
-            while len(found := self.cluster.workers()) < workers and time.monotonic() < until:
+            while len(found := self._usable()) < workers and time.monotonic() < until:
                 time.sleep(POLL_S)
         except (OSError, TimeoutError, RuntimeError) as error:
             raise ClusterUnreachable(self.region, str(self.client.scheduler), str(error)) from error
@@ -90,6 +96,9 @@ class Partition:
             raise ClusterTooSmall(self.region, workers, 0, patience_s)
         self.workers = found[:workers]
         return len(self.workers)
+
+    def _usable(self) -> list[str]:
+        return [worker for worker in self.cluster.workers() if worker not in self._hung]
 
     def take_seats(self, order: Callable[[int, int, str | None], SeatOrder]) -> SeatTaken:
         """Seat every worker; `order` makes the order for (rank, workers, rendezvous). Returns the leader's answer."""
@@ -102,11 +111,14 @@ class Partition:
         leader: SeatTaken = self._await(futures, "building the model")[0]
         return leader
 
-    def train(self, order: SegmentOrder) -> SegmentDone:
-        """One segment. Raises TaskError, WorkerLost, WanError, OutputUnwritable, or Stopped when another region failed."""
-        self._ticket = order.ticket
+    def train(self, order: SegmentOrder, hangs_after_s: float) -> SegmentDone:
+        """One segment. `hangs_after_s`: how long its leader may give no sign between two inner steps.
+
+        Raises TaskError, WorkerLost, WorkerHangs, WanError, OutputUnwritable, or Stopped when another region failed.
+        """
+        self._ticket, self._sign_at = order.ticket, None
         futures = [self._submit(worker, "train_segment", self.control.run, self.region, order) for worker in self.workers]
-        done: SegmentDone = self._await(futures, f"segment {order.number}")[0]
+        done: SegmentDone = self._await(futures, f"segment {order.number}", hangs_after_s=hangs_after_s)[0]
         return done
 
     def tell_view(self, view: View, directory: Directory) -> None:
@@ -114,9 +126,13 @@ class Partition:
         self._tell("tell_view", view, directory)
 
     def _tell(self, name: str, *args: Any) -> None:
-        """Said beside whatever the leader does."""
-        with suppress(OSError, TimeoutError, ValueError):
-            self.client.run(on_worker, name, self.control.run, self.region, *args, workers=self.workers[:1], on_error="ignore")
+        """Said beside whatever the workers do, and not waited for: one that hangs does not listen."""
+
+        def say() -> None:
+            with suppress(OSError, TimeoutError, ValueError, RuntimeError, CancelledError):
+                self.client.run(on_worker, name, self.control.run, self.region, *args, workers=list(self.workers), on_error="ignore")
+
+        threading.Thread(target=say, name=f"geotrain-tell-{self.region}", daemon=True).start()
 
     def evaluate(self) -> dict[str, tuple[float, float]]:
         """Held-out sums and counts. Raises TaskFailed."""
@@ -151,17 +167,18 @@ class Partition:
                 return
 
     def abandon(self) -> None:
-        """After a loss: the region's other workers end what they do. One that does not is ended."""
-        with suppress(OSError, TimeoutError, ValueError, RuntimeError):
-            left = [worker for worker in self.workers if worker in self.cluster.workers()]
-            self.client.run(on_worker, "abort", self.control.run, self.region, workers=left, on_error="ignore")
+        """After a loss: the region's other workers end what they do. One that does not is ended, or else not used again."""
+        self._tell("abort")
+        with suppress(OSError, TimeoutError, ValueError, RuntimeError, CancelledError):
             until = time.monotonic() + SETTLE_S
-            while left and time.monotonic() < until:
-                busy = self.client.processing(left)
-                left = [worker for worker in left if busy.get(worker)]
+            while left := [worker for worker, busy in self.client.processing().items() if busy and worker in self.workers]:
+                if time.monotonic() > until:
+                    break
                 time.sleep(POLL_S)
-            if left:
-                self.client.restart_workers(left, timeout=SETTLE_S, raise_for_error=False)
+            else:
+                return
+            self._hung.update(left)
+            self.client.restart_workers(left, timeout=SETTLE_S, raise_for_error=False)
 
     def _submit(self, worker: str, name: str, *args: Any) -> Future:
         return self.client.submit(on_worker, name, *args, workers=[worker], allow_other_workers=False, pure=False, retries=0)
@@ -171,7 +188,7 @@ class Partition:
         worker = self.cluster.scale(1)[0]
         return self._await([self._submit(worker, name, *args)], doing, workers=[worker])[0]
 
-    def _await(self, futures: Sequence[Future], doing: str, workers: list[str] | None = None) -> list[Any]:
+    def _await(self, futures: Sequence[Future], doing: str, workers: list[str] | None = None, hangs_after_s: float = math.inf) -> list[Any]:
         """The results, unless a worker is lost, the run is aborted, or one of them raises."""
         checked = time.monotonic()
         while any(future.status == "pending" for future in futures) and all(future.status in ("pending", "finished") for future in futures):
@@ -180,6 +197,9 @@ class Partition:
                 self._cancel(futures)
                 raise Stopped(self.control.run)
             self._pass_on_stop()
+            if (sign_at := self._sign_at) is not None and (silent_s := time.monotonic() - sign_at) > hangs_after_s:
+                self._cancel(futures)
+                raise WorkerHangs(self.region, self.workers[0], silent_s)
             if time.monotonic() - checked > WORKERS_CHECK_S:
                 checked = time.monotonic()
                 self._check_workers(futures, workers or self.workers, doing)

@@ -36,10 +36,14 @@ class Reporter:
     def event(self, name: str, facts: dict[str, Any]) -> None:
         get_worker().log_event(self.topic, {"event": {"event": name, "at": time.time(), **facts}})
 
-    def flush(self) -> None:
+    def close(self) -> None:
+        """The last inner step of a segment is made; what follows takes its time."""
+        self.flush(closing=True)
+
+    def flush(self, *, closing: bool = False) -> None:
         if self.endpoint is not None:
             for refusal in self.endpoint.inbox.news():
                 self.event("refused", refusal)
             links = {to: link.to_dict() for to, link in list(self.endpoint.transport.traffic.items())} if self._rounds else {}
-            get_worker().log_event(self.topic, {"rounds": self._rounds, "links": links, "settled": dict(self.settled)})
+            get_worker().log_event(self.topic, {"rounds": self._rounds, "links": links, "settled": dict(self.settled), "closing": closing})
         self._rounds, self._sent_at = [], time.monotonic()

@@ -64,6 +64,8 @@ class Seat:
         self.news: SimpleQueue[tuple[View, Directory]] = SimpleQueue()
         """Views that the control plane told meanwhile."""
         self.aborted = False
+        self._seconds = 0.0
+        """Of the segment, over the views in which it was entered."""
         self.reporter = Reporter(order.run, order.region, order.life)
         self.server: ParameterServer | None = None
         self.endpoint: Endpoint | None = None
@@ -138,17 +140,20 @@ class Seat:
 
     def segment(self, order: SegmentOrder) -> SegmentDone | None:
         """Train one segment. The leader answers; the region's other workers return None."""
-        self.now_in = order.ticket
+        again, self.now_in = order.ticket == self.now_in, order.ticket
         began = time.monotonic()
         wanted = dask_task_wanted()
         first: Directive | None = None
         if self.server is not None:
             self.server.attend = lambda: self._attend(wanted)
-            self._endpoint.renew()
+            if not again:
+                self._seconds = 0.0
+                self._endpoint.renew()
+                if order.pace is not None and not self.server.machine.at.steps:
+                    self.server.machine.at.take_pace(pace_since(order.pace, self.trainer.rows.steps_in))
+            self.server.begin(order.until, again=again)
             self.take_view(order.view, order.directory)
-            if order.pace is not None and not self.server.machine.at.steps:
-                self.server.machine.at.take_pace(pace_since(order.pace, self.trainer.rows.steps_in))
-            first = self.server.begin(order.until)
+            first = self.server.directive()
         try:
             self.trainer.segment(first, self._check_abort)
         except BaseException:
@@ -158,8 +163,9 @@ class Seat:
             return None
         self.server.drain()
         totals, round = self.server.totals, self.server.machine.at.round
-        self.reporter.flush()
-        return self._done(order, totals, round, time.monotonic() - began)
+        self.reporter.close()
+        self._seconds += time.monotonic() - began
+        return self._done(order, totals, round, self._seconds)
 
     def take_view(self, view: View, directory: Directory) -> None:
         """Who is in from now on, and where they are."""

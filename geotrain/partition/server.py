@@ -126,18 +126,19 @@ class ParameterServer:
     _busy_when_held: dict[str, float] = field(default_factory=dict)
     _links_before: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def begin(self, until: int) -> Directive:
-        """Open a segment that ends before round `until`."""
-        self.totals, self._stop_told, self._closed_at = Totals(), False, None
-        self.handle(SegmentBegins(until, self.clock()))
+    def begin(self, until: int, *, again: bool = False) -> None:
+        """Open a segment that ends before round `until`; or open it again, in another view."""
+        if not again:
+            self.totals, self._stop_told = Totals(), False
+        self._closed_at = None
+        self.handle(SegmentBegins(until, self.clock(), again=again))
         if self.machine.at.held and not self.machine.at.over:
             self._hold()
-        return self._directive()
 
     def merge_fully(self) -> None:
         """Make one of the replicas of all regions."""
         self.handle(MergeAsked(self.clock()))
-        self._directive()
+        self.directive()
 
     def change_view(self, view: View) -> None:
         """The control plane changed who is in."""
@@ -146,7 +147,7 @@ class ParameterServer:
     def step_done(self, samples: int, loss: Tensor) -> Directive:
         """After an inner step: exchange what is due, take what came, wait if need be. Raises what `stepped` does."""
         self.stepped(samples, loss)
-        return self._directive()
+        return self.directive()
 
     def stepped(self, samples: int, loss: Tensor) -> None:
         """Count an inner step and exchange what is due, without waiting for anything.
@@ -169,7 +170,7 @@ class ParameterServer:
         if not math.isfinite(self._round_loss) or not math.isfinite(self.replica.local.sum().item()):
             raise FloatingPointError("loss or parameters")
 
-    def _directive(self) -> Directive:
+    def directive(self) -> Directive:
         """Take what came; while the machine holds, wait for more."""
         self.attend()
         if self.stop_wanted() and not self._stop_told:

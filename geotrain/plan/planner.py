@@ -19,6 +19,9 @@ from geotrain.wan.timing import first_patience_s
 TRANSFER_MARGIN = 10.0
 """A peer is given up when it stays unreachable for this many times as long as an update takes, and at least a minute."""
 
+LEAST_HANG_S, HANG_FACTOR = 10.0, 20.0
+"""A worker hangs when it takes so many times longer than planned for an inner step, and so many seconds more."""
+
 
 @dataclass(frozen=True, slots=True)
 class RegionPlan:
@@ -118,6 +121,11 @@ class Plan:
     def segment_of(self, round: int) -> int:
         """The segment that a round is in."""
         return round // self.segment_rounds + 1
+
+    def hangs_after_s(self, name: str) -> float:
+        """How long a region's leader may give no sign of an inner step, or of what it waits for [ours]."""
+        region = self.region(name)
+        return LEAST_HANG_S + HANG_FACTOR * region.rows / region.steps_per_epoch / region.samples_per_s
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -40,7 +40,10 @@ def ledger(folder: RunFolder) -> dict[str, Any]:
                     "rows": one.rows,
                     "once": one.counted - one.more_than_once,
                     "more_than_once": one.more_than_once,
-                    "never": 0, "away": 0, "to_come": 0, kind: one.never,
+                    "never": 0,
+                    "away": 0,
+                    "to_come": 0,
+                    kind: one.never,
                     "again": one.void,
                     "rounds_again": list(one.again),
                 }

@@ -275,6 +275,7 @@ class MergeMachine:
         self.merged.clear()
         self._quorum_at.clear()
         at.view, self.state, self.full, self.fulls = view, None, None, 0
+        at.over = False
         self.waiting_for = dict.fromkeys(view.regions)
         self.waiting_for[at.region] = (self.lineage, self.applied)
         out += [ViewBegins(view), *at.hold(f"view {view.epoch}: finding out who is ahead")]
@@ -313,7 +314,6 @@ class MergeMachine:
         self.applied = state.round
         at.jump(state.round)
         at.end_before(state.last)
-        at.over = at.over and at.round >= at.end  # the view may go on from before what this region took for the end
         return [*out, Adopt(state), *self._up_to_date(now)]
 
     def _up_to_date(self, now: float) -> list[Instruction]:

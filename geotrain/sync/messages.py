@@ -82,6 +82,8 @@ class SegmentBegins:
     now: float
     first: int | None = None
     """The round at which it began; None: the one that this region is in. An earlier end that was agreed before does not count."""
+    again: bool = False
+    """The same segment goes on, in another view: what was agreed of its end holds."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,10 @@ class Progress:
         self.pace, self._quota = pace, None
 
     def begin_segment(self, event: SegmentBegins) -> None:
-        self.until, self.last, self.over, self.stop_asked = event.until, None, False, False
+        self.over = False
+        if event.again:
+            return
+        self.until, self.last, self.stop_asked = event.until, None, False
         self.first = self.round if event.first is None else event.first
 
     def end_before(self, last: int | None) -> None:

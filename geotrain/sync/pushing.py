@@ -148,7 +148,7 @@ class PushMachine:
 
     def _change_view(self, view: View, now: float) -> list[Instruction]:
         out = self.full.abandon() if self.full else []
-        self.at.view, self.fulls = view, 0
+        self.at.view, self.fulls, self.at.over = view, 0, False
         return [*out, ViewBegins(view), *self._merge_fully(now)]
 
     def _merge_fully(self, now: float) -> list[Instruction]:

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from geotrain.errors import ClusterTooSmall, QuorumLost
+from geotrain.job import JobSpec
+from geotrain.partition.partition import Partition
 from geotrain.report.ledger import ledger
 from geotrain.run import Run
 from tests.making import conduct, points_job
@@ -59,18 +62,23 @@ def job_of(root: Path, strategy: str, regions: tuple[str, ...] = ("north", "sout
     )
 
 
+def in_mid_run(act: Callable[[Run], None], round: int = 120) -> Callable[[Run, int], None]:
+    """A `before_segment` that does something once, in mid-segment."""
+    begun: list[int] = []
+
+    def hook(run: Run, segment: int) -> None:
+        if not begun:
+            begun.append(segment)
+            later(run, round, lambda: act(run))
+
+    return hook
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("victim", ["north", "west"], ids=["the-owner", "another"])
 def test_a_leader_is_killed_and_comes_back(tmp_path: Path, strategy: str, victim: str) -> None:
     run = Run.start(job_of(tmp_path, strategy))
-    begun: list[int] = []
-
-    def kill(run: Run, segment: int) -> None:
-        if not begun:
-            begun.append(segment)
-            later(run, 120, lambda: os.kill(pid_of(run, victim), signal.SIGKILL))
-
-    summary = conduct(run, before_segment=kill)
+    summary = conduct(run, in_mid_run(lambda run: os.kill(pid_of(run, victim), signal.SIGKILL)))
     assert [event["region"] for event in events(run, "lost")] == [victim]
     assert [event["region"] for event in events(run, "back")] == [victim]
     views = [set(event["regions"]) for event in events(run, "view")]
@@ -79,3 +87,70 @@ def test_a_leader_is_killed_and_comes_back(tmp_path: Path, strategy: str, victim
     found = ledger(run.folder)
     assert {row["region"] for row in found["regions"]} == {"north", "south", "west"}
     assert found["balanced"], found
+
+
+def test_a_worker_that_hangs_is_ended_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("geotrain.plan.planner.LEAST_HANG_S", 2.0)
+    run = Run.start(job_of(tmp_path, "ma"))
+    conduct(run, in_mid_run(lambda run: os.kill(pid_of(run, "south"), signal.SIGSTOP)))
+    (lost,) = events(run, "lost")
+    assert "region south: worker" in lost["message"]
+    assert "made no inner step" in lost["message"]
+    assert events(run, "back")
+    assert ledger(run.folder)["balanced"]
+
+
+def test_one_of_two_workers_is_killed_and_the_region_goes_on(tmp_path: Path) -> None:
+    job = job_of(tmp_path, "ma", regions=("north", "south"))
+    tree = job.to_dict()
+    tree["regions"][1]["devices"][0]["count"] = 2
+    tree["schedule"]["allocate"] = "all"
+    run = Run.start(JobSpec.model_validate(tree))
+    conduct(run, in_mid_run(lambda run: os.kill(pid_of(run, "south", worker=1), signal.SIGKILL)))
+    assert [event["region"] for event in events(run, "lost")] == ["south"]
+    seated = [event["workers"] for event in events(run, "seated") if event["region"] == "south"]
+    assert seated[0] == 2
+    assert len(seated) == 2
+    assert ledger(run.folder)["balanced"]
+
+
+def test_all_regions_lost_at_once_go_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+    run = Run.start(job_of(tmp_path, "ma", regions=("north", "south"), elastic={"quorum": 2}))
+
+    def kill(run: Run) -> None:
+        for pid in [pid_of(run, region) for region in ("north", "south")]:
+            os.kill(pid, signal.SIGKILL)
+
+    summary = conduct(run, in_mid_run(kill))
+    assert {event["region"] for event in events(run, "lost")} == {"north", "south"}
+    (back,) = events(run, "rolled_back")
+    assert back["round"] == 100
+    found = ledger(run.folder)
+    assert found["balanced"], found
+    again = [row for row in found["regions"] if row["again"]]
+    assert {row["region"] for row in again} == {"north", "south"}
+    assert min(min(row["rounds_again"]) for row in again) == 100
+    assert summary["samples"] == EPOCHS * 400
+
+
+def test_below_the_quorum_the_run_pauses_with_a_checkpoint(tmp_path: Path) -> None:
+    run = Run.start(job_of(tmp_path, "asgd_ga", regions=("north", "south"), elastic={"quorum": 2}))
+    conduct(run, in_mid_run(lambda run: os.kill(pid_of(run, "south"), signal.SIGKILL)))
+    lost = run.board.stages
+    assert any(stage == "recovering: waiting for south" for stage, _ in lost), lost
+    rounds = [event["round"] for event in events(run, "segment")]
+    assert any(round % 100 for round in rounds[:-1]), f"a segment ended early: {rounds}"
+    assert ledger(run.folder)["balanced"]
+
+
+def test_a_run_gives_up_when_the_quorum_does_not_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        Partition, "regroup", lambda self, workers, patience_s: (_ for _ in ()).throw(ClusterTooSmall(self.region, 1, 0, 1))
+    )
+    run = Run.start(job_of(tmp_path, "ma", regions=("north", "south"), elastic={"quorum": 2, "give_up_after_s": 3}))
+    with pytest.raises(QuorumLost, match="1 regions are left, 2 are needed"):
+        conduct(run, in_mid_run(lambda run: os.kill(pid_of(run, "south"), signal.SIGKILL)))
+    monkeypatch.undo()
+    resumed = Run.resume(run.folder)
+    conduct(resumed)
+    assert ledger(run.folder)["balanced"]

@@ -16,6 +16,7 @@ LAYERS: list[set[str]] = [
     {"data", "sync"},
     {"plan", "clusters", "wan", "checkpoint", "registry", "measured", "report"},
     {"partition"},
+    {"members"},
     {"run", "simulate"},
     {"doctor"},
     {"tasks"},

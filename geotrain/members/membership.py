@@ -8,15 +8,15 @@ from typing import Any
 from geotrain.checkpoint import Manifest, StoredPart
 from geotrain.errors import ClusterError, GeotrainError, ModelMismatch, Stopped
 from geotrain.job import JobSpec
+from geotrain.members.roster import Roster
+from geotrain.members.tally import Tally
 from geotrain.partition.orders import Directory, SeatOrder, SeatTaken
 from geotrain.partition.partition import Control, Partition
 from geotrain.partition.ways import directory_of, others_with_a_choice
 from geotrain.plan.planner import Plan
 from geotrain.report.board import Board
 from geotrain.report.folder import RunFolder
-from geotrain.roster import Roster
 from geotrain.sync.messages import View
-from geotrain.tally import Tally
 
 REPLACED_S = 3.0
 """How long a cluster gets to replace a worker before the region goes on with those that are left."""
