@@ -170,15 +170,14 @@ class Partition:
         """After a loss: the region's other workers end what they do. One that does not is ended, or else not used again."""
         self._tell("abort")
         with suppress(OSError, TimeoutError, ValueError, RuntimeError, CancelledError):
+            answers = {worker: self._submit(worker, "here") for worker in self._usable() if worker in self.workers}
             until = time.monotonic() + SETTLE_S
-            while left := [worker for worker, busy in self.client.processing().items() if busy and worker in self.workers]:
-                if time.monotonic() > until:
-                    break
+            while any(answer.status == "pending" for answer in answers.values()) and time.monotonic() < until:
                 time.sleep(POLL_S)
-            else:
-                return
-            self._hung.update(left)
-            self.client.restart_workers(left, timeout=SETTLE_S, raise_for_error=False)
+            if silent := [worker for worker, answer in answers.items() if answer.status == "pending"]:
+                self._cancel([answers[worker] for worker in silent])
+                self._hung.update(silent)
+                self.client.restart_workers(silent, timeout=SETTLE_S, raise_for_error=False)
 
     def _submit(self, worker: str, name: str, *args: Any) -> Future:
         return self.client.submit(on_worker, name, *args, workers=[worker], allow_other_workers=False, pure=False, retries=0)

@@ -473,6 +473,10 @@ def tell_view(run: str, region: str, view: View, directory: Directory) -> None:
         _SEATS[run, region].news.put((view, directory))
 
 
+def here() -> None:
+    """Answers as soon as the worker has nothing else to do."""
+
+
 def abort(run: str, region: str) -> None:
     """Runs beside the segment: end it at once."""
     if (run, region) in _SEATS:
