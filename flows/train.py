@@ -26,8 +26,8 @@ def geotrain_train(job: str, overrides: dict[str, Any] | None = None, run: str =
         run: Id of a run that the calling process has begun already; leave it empty.
     """
     with taken_over(run, lambda: Run.start(load_job(job, overrides))) as this, stops_in_order(this):
-        locate_and_plan(this)
         try:
+            locate_and_plan(this)
             return train_and_publish(this)
         except Stopped as stopped:
             return ended(this, stopped)
@@ -42,8 +42,8 @@ def geotrain_resume(run: str) -> Any:
     """
     begun = run.rsplit("/", 1)[-1]
     with taken_over(begun, lambda: Run.resume(RunFolder(run))) as this, stops_in_order(this):
-        locate_and_plan(this)
         try:
+            locate_and_plan(this)
             return train_and_publish(this)
         except Stopped as stopped:
             return ended(this, stopped)

@@ -2,12 +2,14 @@
 
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 
 from geotrain.errors import GeotrainError, Stopped
 
@@ -55,3 +57,35 @@ def answering(shape: Format) -> Iterator[None]:
 
 def _plain(named: dict[str, object]) -> dict[str, Any]:
     return {"about": {key: value if isinstance(value, str | int | float) else str(value) for key, value in named.items()}}
+
+
+@contextmanager
+def watching(this: Any) -> Iterator[None]:
+    """The live table in a terminal; elsewhere a line whenever the stage changes, and every ten seconds."""
+    if people.is_terminal:
+        from geotrain.report.live import LiveView
+
+        with Live(LiveView(this.board), console=people, refresh_per_second=4):
+            yield
+        return
+    over = threading.Event()
+    teller = threading.Thread(target=_tell, args=(this.board, over), daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        teller.join()
+
+
+def _tell(board: Any, over: threading.Event) -> None:
+    told, told_at = "", -10.0
+    while True:
+        state = board.snapshot()
+        if state["stage"] != told or state["seconds"] - told_at >= 10:
+            told, told_at = state["stage"], state["seconds"]
+            rounds = " ".join(f"{row['region']}:{row['rounds']}" for row in state["regions"] if row["rounds"])
+            metrics = " ".join(f"{name} {value:.4f}" for name, value in state["metrics"].items())
+            people.print(f"{state['seconds']:7.1f} s  {told}  {rounds}  {metrics}".rstrip(), markup=False, soft_wrap=True)
+        if over.wait(0.2):
+            return

@@ -4,9 +4,7 @@ import importlib
 import json
 import os
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -14,14 +12,14 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.live import Live
 
 from geotrain import __version__, checkpoint, guard
-from geotrain.answers import Format, answering, answers, envelope, people
+from geotrain.answers import Format, answering, answers, envelope, people, watching
 from geotrain.errors import GeotrainError, JobError, NonFiniteLoss, Stopped
 from geotrain.examples import ExampleName, make_example, region_names
 from geotrain.job import load_job
 from geotrain.report.folder import RunFolder, list_runs
+from geotrain.report.state import state_of
 from geotrain.report.words import count, duration, rate, size
 
 EXIT_CODES = """
@@ -327,36 +325,28 @@ def _conduct(this: Any, shape: Format, flow: Callable[[], Any]) -> None:
     people.print(f"next: open {this.folder.url}/report.html, or `geotrain report {this.id}`", style="cyan")
 
 
-@contextmanager
-def watching(this: Any) -> Iterator[None]:
-    """The live table in a terminal; elsewhere a line whenever the stage changes, and every ten seconds."""
-    if people.is_terminal:
-        from geotrain.report.live import LiveView
+@app.command()
+def stop(
+    run: RunId,
+    force: Annotated[bool, typer.Option("--force", help="Do not drain: what was trained since the last checkpoint is lost.")] = False,
+    runs: Runs = "runs",
+    shape: Shape = Format.text,
+) -> None:
+    """Ask whoever runs it to drain, write a checkpoint and end; wait until that is done."""
+    with answering(shape):
+        from geotrain.charge import ask, wait_for_end
 
-        with Live(LiveView(this.board), console=people, refresh_per_second=4):
-            yield
-        return
-    over = threading.Event()
-    teller = threading.Thread(target=_tell, args=(this.board, over), daemon=True)
-    teller.start()
-    try:
-        yield
-    finally:
-        over.set()
-        teller.join()
-
-
-def _tell(board: Any, over: threading.Event) -> None:
-    told, told_at = "", -10.0
-    while True:
-        state = board.snapshot()
-        if state["stage"] != told or state["seconds"] - told_at >= 10:
-            told, told_at = state["stage"], state["seconds"]
-            rounds = " ".join(f"{row['region']}:{row['rounds']}" for row in state["regions"] if row["rounds"])
-            metrics = " ".join(f"{name} {value:.4f}" for name, value in state["metrics"].items())
-            people.print(f"{state['seconds']:7.1f} s  {told}  {rounds}  {metrics}".rstrip(), markup=False, soft_wrap=True)
-        if over.wait(0.2):
+        folder = RunFolder.find(run, runs)
+        ask(folder.url, "force" if force else "stop")
+        with people.status(f"asked {folder.run} to {'end at once' if force else 'drain and end'}"):
+            wait_for_end(folder.run, folder.url)
+        status = state_of(folder)["status"]
+        if shape is Format.json:
+            envelope("ok", 0, data={"run": folder.run, "status": status})
             return
+        answers.print(f"{folder.run} {status}")
+        if status != "completed":
+            people.print(f"next: geotrain resume {folder.run}", style="cyan")
 
 
 @app.command()
@@ -366,8 +356,6 @@ def status(
     shape: Shape = Format.text,
 ) -> None:
     """What a run is doing, or what became of it."""
-    from geotrain.report.state import state_of
-
     with answering(shape):
         folders = [RunFolder.find(run, runs)] if run else list_runs(runs)
         states = [state_of(folder) for folder in folders]
@@ -390,10 +378,18 @@ def status(
 
 
 @app.command()
-def report(run: RunId, runs: Runs = "runs", shape: Shape = Format.text) -> None:
+def report(
+    run: RunId,
+    ledger: Annotated[bool, typer.Option("--ledger", help="What became of every row of every epoch, instead.")] = False,
+    runs: Runs = "runs",
+    shape: Shape = Format.text,
+) -> None:
     """Predicted against measured, and where the page is."""
     with answering(shape):
         folder = RunFolder.find(run, runs)
+        if ledger:
+            _show_ledger(folder, shape)
+            return
         summary = folder.read_json("summary.json")
         if shape is Format.json:
             envelope("ok", 0, data=summary)
@@ -407,6 +403,20 @@ def report(run: RunId, runs: Runs = "runs", shape: Shape = Format.text) -> None:
                 f"{1000 * link['rtt_s']:.0f} ms, {link['retries']} retries, blocked {duration(link['blocked_s'])}"
             )
         answers.print(f"page: {folder.url}/report.html")
+
+
+def _show_ledger(folder: RunFolder, shape: Format) -> None:
+    from geotrain.report.ledger import ledger
+
+    found = ledger(folder)
+    if shape is Format.json:
+        envelope("ok" if found["balanced"] else "error", 0 if found["balanced"] else 1, data=found)
+    else:
+        from geotrain.report.live import ledger_tables
+
+        answers.print(*ledger_tables(found))
+    if not found["balanced"]:
+        raise SystemExit(1)
 
 
 @app.command()

@@ -30,6 +30,8 @@
     ├── StateError                     7   run folders, checkpoints, the registry
     │   ├── OutputUnwritable
     │   ├── RunNotFound
+    │   ├── RunTaken                       another process is in charge of it
+    │   ├── NotRunning
     │   ├── NothingToResume
     │   └── BadCheckpoint
     └── Stopped                       75   stopped on request; `geotrain resume` continues
@@ -229,6 +231,18 @@ class RunNotFound(StateError):
     fields = ("run", "looked_in")
     says = "no run '{run}' in {looked_in}"
     remedy = "give the run folder's path, or --runs URL; `geotrain status` lists the runs"
+
+
+class RunTaken(StateError):
+    fields = ("run", "holder")
+    says = "run {run} is in the hands of {holder}"
+    remedy = "let it go on, or end it first: `geotrain stop {run}`"
+
+
+class NotRunning(StateError):
+    fields = ("run",)
+    says = "no process runs {run}, or the one that did was killed"
+    remedy = "`geotrain status {run}` says how far it came; `geotrain resume {run}` goes on"
 
 
 class NothingToResume(StateError):

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from geotrain import checkpoint, measured, registry
+from geotrain.charge import Charge
 from geotrain.checkpoint import Manifest, StoredPart
 from geotrain.clusters import RegionCluster, open_cluster, quiet_dask
 from geotrain.data.inventory import Inventory, check_same_schema
@@ -40,6 +41,7 @@ class Run:
     def __init__(self, job: JobSpec, folder: RunFolder, resumed: Manifest | None = None) -> None:
         self.job, self.folder, self.id = job, folder, folder.run
         self.resumed = resumed
+        self.charge = Charge(self.id, folder.url, self._asked)
         self.strategy = strategy_of(job.sync, len(job.regions))
         self.control = Control(self.id)
         self.board = Board(tuple(region.name for region in job.regions))
@@ -90,12 +92,14 @@ class Run:
         manifest = checkpoint.latest(folder.url)
         if manifest is None:
             raise NothingToResume(folder.run, "it has no checkpoint yet")
-        folder.event("resumed", round=manifest.round, segment=manifest.segment)
         return cls(folder.job(), folder, manifest)
 
     def open(self) -> "Run":
         """Begin to open the clusters, all at once, and return; who opens a run must enter and leave it."""
         if not self._clusters:
+            self.charge.take(self.board.enter)
+            if self.resumed:
+                self.folder.event("resumed", round=self.resumed.round, segment=self.resumed.segment)
             quiet_dask()
             for region in self.job.regions:
                 self.board.status(region.name, "starting its cluster")
@@ -127,6 +131,15 @@ class Run:
         if self._membership is not None:
             self._membership.close()
         self.folder.flush()
+        self.charge.release()
+
+    def _asked(self, what: str) -> None:
+        """What the command line, or the loss of the lease, wants of this process."""
+        if what == "stop" and self.training:
+            self.board.enter("stopping: draining the round and writing a checkpoint")
+            self.control.stop.set()
+            return
+        self.control.abort.set()
 
     def _note_end(self, error: BaseException) -> None:
         if isinstance(error, Stopped) or not isinstance(error, Exception):
@@ -370,6 +383,7 @@ class Run:
             totals=self.totals,
             parts=(*(part.part for part in done), *self.membership.parts_of_absent({part.region for part in done})),
         )
+        self.charge.check()
         checkpoint.commit(self.folder.url, manifest)
         self.membership.manifest = manifest
         checkpoint.prune(self.folder.url, KEEP_CHECKPOINTS)

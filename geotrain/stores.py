@@ -24,6 +24,28 @@ def write_whole(fs: Any, path: str, content: bytes) -> None:
     fs.mv(f"{path}.tmp", path)
 
 
+def create_whole(fs: Any, path: str, content: bytes) -> bool:
+    """Write an object that must not be there yet; False when it is. Of two that try at once one succeeds. Raises one of STORE_ERRORS."""
+    try:
+        if is_local(fs):
+            fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+            with fs.open(path, "xb") as file:
+                file.write(content)
+        else:
+            fs.pipe_file(path, content, mode="create")
+    except FileExistsError:
+        return False
+    except ClientError as error:
+        if error.response.get("Error", {}).get("Code") in ("PreconditionFailed", "ConditionalRequestConflict"):
+            return False
+        raise
+    except OSError as error:
+        if "PreconditionFailed" in str(error) or "pre-conditions" in str(error):
+            return False
+        raise
+    return True
+
+
 S3_ATTEMPTS = 8
 """Of one request, with pauses that double up to 20 s: a bucket that throttles (503 SlowDown) or fails (500) for seconds is waited for."""
 

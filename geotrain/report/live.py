@@ -45,6 +45,35 @@ class LiveView:
         return Group(head, table, links_table(state["links"])) if state["links"] else Group(head, table)
 
 
+def ledger_tables(found: Mapping[str, Any]) -> list[RenderableType]:
+    """The ledger, in sums per region; epochs that are not as they should be in lines of their own; and why."""
+    sums = Table(expand=False)
+    sums.add_column("region", style="bold")
+    names = ("once", "more than once", "never", "away", "to come", "again")
+    for title in ("epochs", "rows", *names):
+        sums.add_column(title, justify="right")
+    odd: list[RenderableType] = []
+    for region in sorted({row["region"] for row in found["regions"]}):
+        rows = [row for row in found["regions"] if row["region"] == region]
+        totals = [sum(row[name.replace(" ", "_")] for row in rows) for name in names]
+        sums.add_row(region, str(len(rows)), str(rows[0]["rows"]), *map(str, totals))
+        for row in rows:
+            parts = [f"{row[name.replace(' ', '_')]} {name}" for name in names[1:] if row[name.replace(" ", "_")] and name != "to come"]
+            if parts:
+                odd.append(Text(f"{region}, epoch {row['epoch']}: {', '.join(parts)}  {_rounds_of(row['rounds_again'])}".rstrip()))
+    words = {"lost": "{region} was lost: {message}", "rolled_back": "back to round {round}: {why}", "resumed": "resumed at round {round}"}
+    why = [Text(words[event["event"]].format(**event), style="dim") for event in found["why"]]
+    verdict = "balanced: every row once" if found["balanced"] else "not balanced"
+    explained = Text(
+        "away: of rounds that went on without the region. again: of rounds that were lost with a worker, and trained once more."
+    )
+    return [sums, *odd, *why, explained, Text(verdict, style="green" if found["balanced"] else "red")]
+
+
+def _rounds_of(rounds: Sequence[int]) -> str:
+    return f"(rounds {rounds[0]} to {rounds[-1]})" if rounds else ""
+
+
 def links_table(rows: Sequence[Mapping[str, Any]], most: int = 8) -> RenderableType:
     """Per directed link what it carried and how; the busiest."""
     table = Table(expand=False, title=f"the {most} busiest of {len(rows)} links" if len(rows) > most else None, title_justify="left")

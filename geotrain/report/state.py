@@ -26,7 +26,8 @@ def state_of(folder: RunFolder, now: float | None = None) -> dict[str, Any]:
     silent_s = (now if now is not None else time.time()) - last_sign
     last = events[-1] if events else {"event": "created"}
     manifest = checkpoint.latest(folder.url)
-    status = ENDS.get(last["event"]) or ("silent" if silent_s > SILENT_S else "running" if regions else "starting")
+    alive = _membership(events) if regions else "starting"
+    status = ENDS.get(last["event"]) or ("silent" if silent_s > SILENT_S else alive)
     metrics: dict[str, float] = next((event["metrics"] for event in reversed(events) if "metrics" in event), {})
     return {
         "run": folder.run,
@@ -41,3 +42,14 @@ def state_of(folder: RunFolder, now: float | None = None) -> dict[str, Any]:
         "resumable": manifest is not None and status in ("failed", "stopped", "silent"),
         "regions": [regions[name] for name in sorted(regions)],
     }
+
+
+def _membership(events: list[dict[str, Any]]) -> str:
+    """running; degraded: it goes on without a region; recovering: it waits for its quorum."""
+    view = next((event for event in reversed(events) if event["event"] in ("view", "resumed")), None)
+    if view is None or view["event"] == "resumed":
+        return "running"
+    away = {event["region"] for event in events if event["event"] == "seated"} - set(view["regions"])
+    if len(view["regions"]) < view["quorum"]:
+        return "recovering"
+    return "degraded" if away else "running"

@@ -75,7 +75,7 @@ def test_checkpoints_get_through(flaky: Flaky, bucket: str, trouble: str) -> Non
     vars(flaky).update(TROUBLES[trouble])
     for round in (10, 20):
         where = checkpoint.join(checkpoint.folder(url, round), "north.safetensors")
-        part = checkpoint.write_part("north", where, {"w": torch.full((300, 2), float(round))}, {"round": round})
+        part = checkpoint.write_part("north", where, round, {"w": torch.full((300, 2), float(round))}, {"round": round})
         checkpoint.commit(url, Manifest("r", round // 10, round, 0, 100, None, {}, {}, (part,)))
     checkpoint.prune(url, 1)
     latest = checkpoint.latest(url)

@@ -59,7 +59,7 @@ def test_a_run_learns_and_leaves_a_whole_folder(tmp_path: Path, name: str) -> No
     assert {region["region"]: region["samples"] for region in summary["regions"]} == {"north": 2400, "south": 1440}
     assert all(link["updates"] > 0 and link["retries"] == 0 for link in summary["links"])
     assert sorted(path.name for path in Path(run.folder.url).iterdir() if not path.name.startswith(".")) == [
-        "checkpoints", "events.jsonl", "inventory.json", "job.yaml", "model.safetensors", "plan.json",
+        "checkpoints", "events.jsonl", "inventory.json", "job.yaml", "lease", "model.safetensors", "plan.json",
         "report.html", "report.md", "rounds.jsonl", "summary.json",
     ]  # fmt: skip
     champion = registry.champion(str(tmp_path / "registry"), "points")

@@ -14,7 +14,7 @@ LAYERS: list[set[str]] = [
     {"metrics", "mistakes", "stores"},
     {"job", "task"},
     {"data", "sync"},
-    {"plan", "clusters", "wan", "checkpoint", "registry", "measured", "report"},
+    {"plan", "clusters", "wan", "checkpoint", "registry", "measured", "report", "charge"},
     {"partition"},
     {"members"},
     {"run", "simulate"},
