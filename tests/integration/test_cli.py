@@ -66,6 +66,7 @@ def test_the_starter_runs_as_it_is_and_everything_can_be_asked_afterwards(mine: 
     state = call("status", run, "--runs", runs)["data"]
     assert (state["status"], state["round"], state["resumable"]) == ("completed", summary["rounds"], False)
     assert call("report", run, "--runs", runs)["data"] == summary
+    assert call("report", run, "--runs", runs, "--ledger")["data"]["balanced"]
     error = call("resume", run, "--runs", runs, expect=7)["error"]
     assert error["type"] == "NothingToResume"
     assert call("resume", "absent", "--runs", runs, expect=7)["error"]["type"] == "RunNotFound"
@@ -106,6 +107,19 @@ def test_an_interrupt_drains_and_resume_continues(running: tuple[subprocess.Pope
     assert (state["status"], state["resumable"]) == ("stopped", True)
     shorten(runs / run, rounds=state["round"] + 40)
     assert call("resume", run, "--runs", str(runs))["data"]["rounds"] == state["round"] + 40
+
+
+@pytest.mark.parametrize("force", [False, True], ids=["drained", "forced"])
+def test_a_stop_from_elsewhere_ends_it(running: tuple[subprocess.Popen[str], Path], force: bool) -> None:
+    process, runs = running
+    (run,) = [folder.name for folder in runs.iterdir()]
+    taken = call("resume", run, "--runs", str(runs), expect=7)["error"]
+    assert taken["type"] == "RunTaken", "while another process is in charge"
+    answer = call("stop", run, "--runs", str(runs), *(["--force"] if force else []))["data"]
+    assert answer == {"run": run, "status": "stopped"}
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert call("stop", run, "--runs", str(runs), expect=7)["error"]["type"] == "NotRunning"
 
 
 def test_a_kill_leaves_no_process_and_resume_continues(running: tuple[subprocess.Popen[str], Path]) -> None:

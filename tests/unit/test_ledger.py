@@ -1,0 +1,74 @@
+"""The ledger finds what is trained twice, never, or for nothing."""
+
+from typing import Any
+
+import pytest
+
+from geotrain.data.inventory import RowGroup
+from geotrain.data.ledger import EpochOfRows, RoundOfRows, Seating, account
+from geotrain.data.leases import LeaseBook
+
+GROUPS = tuple(RowGroup(f"file-{number}", 0, rows) for number, rows in enumerate((30, 17, 40, 13)))
+SETTINGS: dict[str, Any] = {"seed": 5, "mix": 2, "batch_size": 10}
+
+
+def cursor(epoch: int = 0, workers: int = 1) -> dict[str, Any]:
+    return LeaseBook(GROUPS, seed=5, epoch=epoch, workers=workers, mix=2).cursor()
+
+
+def rounds(first: int, last: int, steps: int = 5, of: int = 10) -> list[RoundOfRows]:
+    """`of` steps make an epoch."""
+    return [RoundOfRows(n, n * steps // of, n * steps % of + steps, steps) for n in range(first, last)]
+
+
+def sums(found: list[EpochOfRows]) -> list[tuple[int, int, int, int]]:
+    return [(one.counted, one.more_than_once, one.never, one.void) for one in found]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_an_undisturbed_run_counts_every_row_once(workers: int) -> None:
+    steps = LeaseBook(GROUPS, seed=5, epoch=0, workers=workers, mix=2).steps(10)
+    every = [RoundOfRows(epoch * steps + n, epoch, n + 1, 1) for epoch in range(2) for n in range(steps)]
+    found = account(GROUPS, [Seating(cursor(workers=workers), 0, every)], **SETTINGS)
+    assert sums(found) == [(100, 0, 0, 0)] * 2
+
+
+def test_rounds_lost_with_a_seat_are_void_and_trained_again() -> None:
+    before = Seating(cursor(), 0, rounds(0, 5))
+    after = Seating({**cursor(1), "used": [50]}, 3, rounds(3, 6))
+    found = account(GROUPS, [before, after], **SETTINGS)
+    assert sums(found) == [(100, 0, 0, 0), (100, 0, 0, 50), (100, 0, 0, 50)]
+    assert [one.again for one in found] == [(), (3,), (4,)]
+
+
+def test_a_round_trained_twice_is_found() -> None:
+    found = account(GROUPS, [Seating(cursor(), 0, [*rounds(0, 2), RoundOfRows(2, 0, 10, 5)])], **SETTINGS)
+    assert sums(found) == [(100, 50, 0, 0)]
+
+
+def test_a_round_left_out_is_found() -> None:
+    found = account(GROUPS, [Seating(cursor(), 0, [RoundOfRows(0, 0, 5, 5), RoundOfRows(1, 1, 5, 5)])], **SETTINGS)
+    assert sums(found) == [(50, 0, 50, 0), (50, 0, 50, 0)]
+    assert not any(one.away for one in found)
+
+
+def test_rounds_that_went_on_without_the_region_are_told_apart() -> None:
+    found = account(GROUPS, [Seating(cursor(), 0, [*rounds(0, 2), *rounds(6, 8)])], **SETTINGS)
+    assert sums(found) == [(100, 0, 0, 0), (0, 0, 100, 0), (0, 0, 100, 0), (100, 0, 0, 0)]
+    assert [one.away for one in found][1:3] == [True, True]
+
+
+def test_another_number_of_workers_takes_what_is_left() -> None:
+    lent = LeaseBook(GROUPS, seed=5, epoch=0, workers=1, mix=2)
+    lent.seek(4, 10)
+    again = LeaseBook.at(lent.cursor(), GROUPS, seed=5, workers=2, mix=2)
+    left = again.steps(10)
+    found = account(
+        GROUPS, [Seating(cursor(), 0, rounds(0, 1, steps=4)), Seating(again.cursor(), 1, [RoundOfRows(1, 0, left, left)])], **SETTINGS
+    )
+    assert sums(found) == [(100, 0, 0, 0)]
+
+
+def test_steps_owed_from_the_epoch_before_belong_to_it() -> None:
+    found = account(GROUPS, [Seating(cursor(), 0, [RoundOfRows(0, 0, 7, 7), RoundOfRows(1, 1, 5, 8)])], **SETTINGS)
+    assert sums(found) == [(100, 0, 0, 0), (50, 0, 50, 0)]
