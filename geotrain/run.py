@@ -18,6 +18,7 @@ from geotrain.clusters import RegionCluster, open_cluster, quiet_dask
 from geotrain.data.inventory import Inventory, check_same_schema
 from geotrain.errors import ClusterError, Diverged, GeotrainError, JobError, NothingToResume, Stopped
 from geotrain.job import JobSpec, RegionSpec
+from geotrain.members.late import commit_late
 from geotrain.members.membership import Membership
 from geotrain.metrics import add_sums, means
 from geotrain.partition.orders import Place, Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder
@@ -89,10 +90,13 @@ class Run:
         """Continue from the newest checkpoint. Raises NothingToResume, BadCheckpoint."""
         if folder.has("summary.json"):
             raise NothingToResume(folder.run, "it is complete")
+        job = folder.job()
         manifest = checkpoint.latest(folder.url)
+        equal = isinstance(strategy_of(job.sync, len(job.regions)), Merging)
+        manifest = commit_late(folder, manifest, [region.name for region in job.regions], agree=equal) or manifest
         if manifest is None:
             raise NothingToResume(folder.run, "it has no checkpoint yet")
-        return cls(folder.job(), folder, manifest)
+        return cls(job, folder, manifest)
 
     def open(self) -> "Run":
         """Begin to open the clusters, all at once, and return; who opens a run must enter and leave it."""

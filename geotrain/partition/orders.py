@@ -1,5 +1,6 @@
 """What the control plane tells a region's workers, and what they answer. Small values: no tensor goes this way."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -130,6 +131,16 @@ class SegmentDone:
     """Held-out sums and counts."""
     traffic: dict[str, dict[str, Any]]
     """Per target region, since the run (or its resumption) began."""
+    life: int
+    """Of the seat."""
+    closed: tuple[tuple[int, int, int, int, int], ...]
+    """Its rounds: (round, epoch, done, steps, samples), as in rounds.jsonl."""
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> "SegmentDone":
+        metrics = {name: (total, count) for name, (total, count) in tree["metrics"].items()}
+        closed = tuple((round, epoch, done, steps, samples) for round, epoch, done, steps, samples in tree["closed"])
+        return cls(**{**tree, "part": StoredPart(**tree["part"]), "metrics": metrics, "closed": closed})
 
 
 Verdict = Literal["ok", "warning", "failed"]

@@ -1,12 +1,13 @@
 """A seat: one worker process's place in a run, resident between segments. What runs on workers by `calls.on_worker` stands at the end."""
 
 import itertools
+import json
 import socket
 import time
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from queue import SimpleQueue
 from typing import Any
 
@@ -47,6 +48,8 @@ from geotrain.task import TrainingTask, load_task
 from geotrain.wan.transport import Identity, model_digest
 
 PROBE_S = 1.0
+UNOBSERVED_S = 60.0
+"""Nothing trains for longer when the control plane is gone: a seat ends its segment early, or without a checkpoint after this."""
 LARGEST_PER_ELEMENT, LARGEST_EXTRA = 8, 64
 """No payload takes more bytes: fp32 parameters, and as much of an outer optimizer for a region that joins."""
 
@@ -64,6 +67,8 @@ class Seat:
         self.news: SimpleQueue[tuple[View, Directory]] = SimpleQueue()
         """Views that the control plane told meanwhile."""
         self.aborted = False
+        self.lapsed_at: float | None = None
+        """When it was noticed that nobody waits for this seat's work any more."""
         self._seconds = 0.0
         """Of the segment, over the views in which it was entered."""
         self.reporter = Reporter(order.run, order.region, order.life)
@@ -103,7 +108,7 @@ class Seat:
             replica=replica,
             transport=self._endpoint.transport,
             attend=lambda: None,
-            stop_wanted=lambda: self.stop_in == self.now_in,
+            stop_wanted=lambda: self.stop_in == self.now_in or self.lapsed_at is not None,
             report=self.reporter.round,
             event=self.reporter.event,
             after_round=lambda compute_s: self._adapt(adapter, replica, compute_s),
@@ -160,6 +165,7 @@ class Seat:
             self.trainer.group.close()  # so that the region's other workers do not wait for this one
             raise
         if self.server is None:
+            self.lapsed_at = None if wanted() else time.monotonic()
             return None
         self.server.drain()
         totals, round = self.server.totals, self.server.machine.at.round
@@ -181,7 +187,9 @@ class Seat:
             view, directory = self.news.get()
             if self.server is not None and view.epoch > self.server.machine.at.view.epoch:
                 self.take_view(view, directory)
-        if not wanted():
+        if self.lapsed_at is None and not wanted():
+            self.lapsed_at = time.monotonic()
+        if self.lapsed_at is not None and time.monotonic() - self.lapsed_at > UNOBSERVED_S:
             raise Stopped(self.order.run)
 
     def _check_abort(self) -> None:
@@ -192,7 +200,7 @@ class Seat:
         assert self.server is not None
         folder = checkpoint.folder(order.run_url, round)
         part = self._write_part(checkpoint.join(folder, f"{self.order.region}.safetensors"), round)
-        return SegmentDone(
+        done = SegmentDone(
             region=self.order.region,
             segment=order.number,
             round=round,
@@ -205,7 +213,12 @@ class Seat:
             part=part,
             metrics=self.evaluate(),
             traffic=self._traffic(),
+            life=self.order.life,
+            closed=tuple(totals.closed),
         )
+        note = json.dumps(asdict(done)).encode()  # with those of all regions a resumed run can commit what nobody was there to commit
+        checkpoint.write_bytes(f"region {self.order.region}", checkpoint.join(folder, f"{self.order.region}.done.json"), note)
+        return done
 
     def evaluate(self) -> dict[str, tuple[float, float]]:
         """Held-out sums and counts of this region; none where it has no such rows."""
@@ -221,7 +234,13 @@ class Seat:
         began = time.monotonic()
         self._endpoint.introduce(directory)
         wanted = dask_task_wanted()
-        self.server.attend = lambda: self._attend(wanted)
+
+        def attend() -> None:
+            self._attend(wanted)
+            if self.lapsed_at is not None:  # the last checkpoint has all that is needed for another full merge
+                raise Stopped(self.order.run)
+
+        self.server.attend = attend
         self.server.merge_fully()
         self.server.drain()
         return sha256(self.trainer.flat.vector), self._traffic(), time.monotonic() - began
@@ -442,7 +461,11 @@ def take_seat(order: SeatOrder) -> SeatTaken:
 def train_segment(run: str, region: str, order: SegmentOrder) -> SegmentDone | None:
     if (run, region) not in _SEATS:
         raise WorkerLost(region, get_worker().address, "between two segments: its process was replaced")
-    return _SEATS[run, region].segment(order)
+    seat = _SEATS[run, region]
+    done = seat.segment(order)
+    if seat.lapsed_at is not None:
+        leave(run, region)
+    return done
 
 
 def evaluate_seat(run: str, region: str) -> dict[str, tuple[float, float]]:

@@ -82,6 +82,8 @@ class Totals:
     loss: float = 0.0
     """Summed over rows."""
     held_s: float = 0.0
+    closed: list[tuple[int, int, int, int, int]] = field(default_factory=list)
+    """Rounds: (round, epoch, done, steps, samples)."""
 
 
 @contextmanager
@@ -305,6 +307,7 @@ class ParameterServer:
         self.totals.loss += self._round_loss
         mean = self._round_loss / closed.samples if closed.samples else None
         held_s = round(self._round_held_s, 6)
+        self.totals.closed.append((closed.round, closed.epoch, closed.done, closed.steps, closed.samples))
         at, settled = (closed.epoch, closed.done, closed.steps), dict(self.settled)
         self.report(RoundRecord(self.region, closed.round, time.time(), closed.samples, mean, held_s, *at, settled, self._links()))
         now = self.clock()

@@ -1,18 +1,25 @@
 """Real processes die in mid-run: the others go on, the region comes back, the run ends right, and the ledger balances."""
 
+import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from distributed import LocalCluster
 
 from geotrain.errors import ClusterTooSmall, QuorumLost
 from geotrain.job import JobSpec
 from geotrain.partition.partition import Partition
+from geotrain.report.folder import RunFolder
 from geotrain.report.ledger import ledger
 from geotrain.run import Run
 from tests.making import conduct, points_job
@@ -163,3 +170,43 @@ def test_a_run_gives_up_when_the_quorum_does_not_come_back(tmp_path: Path, monke
     resumed = Run.resume(run.folder)
     conduct(resumed)
     assert ledger(run.folder)["balanced"]
+
+
+FLOW = """
+import sys
+from geotrain.job import load_job
+from geotrain.run import Run
+from tests.making import conduct
+conduct(Run.start(load_job(sys.argv[1])))
+"""
+
+
+def test_the_flow_is_killed_and_the_regions_end_their_segment_with_a_checkpoint(tmp_path: Path) -> None:
+    """On clusters that outlive it; those that it starts itself end with it."""
+    with ExitStack() as stack:
+        tree = job_of(tmp_path, "ma", regions=("north", "south")).to_dict()
+        tree["schedule"]["segment_rounds"] = 10**6
+        for region in tree["regions"]:
+            cluster = LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0", silence_logs=logging.CRITICAL)
+            region["cluster"] = {"kind": "address", "address": stack.enter_context(cluster).scheduler_address}
+        (tmp_path / "job.yaml").write_text(yaml.safe_dump(tree))
+        flow = subprocess.Popen([sys.executable, "-c", FLOW, str(tmp_path / "job.yaml")], cwd=Path(__file__).parents[2])
+        try:
+            wait_for(lambda: any("rounds" in path.name for path in tmp_path.glob("runs/*/rounds.jsonl")))
+        finally:
+            flow.kill()
+            flow.wait()
+        folder = RunFolder(str(next(tmp_path.glob("runs/*"))))
+        wait_for(lambda: len(list(Path(folder.url).glob("checkpoints/*/*.done.json"))) == 2)
+        resumed = Run.resume(folder)
+        assert 0 < resumed.round < EPOCHS * 10
+        summary = conduct(resumed)
+    assert summary["samples"] == EPOCHS * 400
+    assert ledger(folder)["balanced"], ledger(folder)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)

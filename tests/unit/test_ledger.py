@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from geotrain.data.inventory import RowGroup
-from geotrain.data.ledger import EpochOfRows, RoundOfRows, Seating, account
 from geotrain.data.leases import LeaseBook
+from geotrain.data.ledger import EpochOfRows, RoundOfRows, Seating, account
 
 GROUPS = tuple(RowGroup(f"file-{number}", 0, rows) for number, rows in enumerate((30, 17, 40, 13)))
 SETTINGS: dict[str, Any] = {"seed": 5, "mix": 2, "batch_size": 10}

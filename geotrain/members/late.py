@@ -1,0 +1,75 @@
+"""A checkpoint that nobody was left to commit: the flow's process died, and the regions ended their segment without it."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+
+from geotrain.checkpoint import Manifest, StoredPart, commit, join, read_bytes
+from geotrain.metrics import add_sums, means
+from geotrain.partition.orders import SegmentDone
+from geotrain.report.folder import RunFolder
+from geotrain.stores import open_url
+
+
+def commit_late(folder: RunFolder, last: Manifest | None, regions: Sequence[str], *, agree: bool) -> Manifest | None:
+    """Commit the newest checkpoint for which every region that was in wrote its part; None when there is none beyond `last`.
+
+    `agree`: the strategy leaves all regions with the same parameters, and that is checked. What was sent over the WAN in that segment
+    is in no total.
+    """
+    present = [part.region for part in last.parts if part.round == last.round] if last else list(regions)
+    fs, path = open_url(join(folder.url, "checkpoints"))
+    folders = sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False)) if fs.exists(path) else []
+    for name in reversed(folders):
+        if last is not None and int(name) <= last.round:
+            return None
+        notes = [join(folder.url, "checkpoints", name, f"{region}.done.json") for region in present]
+        if not all(fs.exists(join(path, name, f"{region}.done.json")) for region in present):
+            continue
+        done = [SegmentDone.from_dict(json.loads(read_bytes(note))) for note in notes]
+        if {part.round for part in done} != {int(name)} or (agree and len({part.sha256 for part in done}) != 1):
+            continue
+        manifest = _manifest(folder.run, last, done)
+        commit(folder.url, manifest)
+        _make_up_rounds(folder, done)
+        folder.event("segment", segment=manifest.segment, round=manifest.round, metrics=manifest.metrics, late=True)
+        return manifest
+    return None
+
+
+def _make_up_rounds(folder: RunFolder, done: Sequence[SegmentDone]) -> None:
+    """Put into rounds.jsonl what nobody was left to put there."""
+    there = {(record["region"], record["life"], record["round"]) for record in folder.lines("rounds.jsonl")}
+    for part in done:
+        for round, epoch, made, steps, samples in part.closed:
+            if (part.region, part.life, round) not in there:
+                where = {"region": part.region, "life": part.life, "round": round, "epoch": epoch, "done": made, "steps": steps}
+                folder.round({**where, "at": time.time(), "samples": samples, "loss": None, "held_s": 0.0, "links": {}})
+    folder.flush()
+
+
+def _manifest(run: str, last: Manifest | None, done: Sequence[SegmentDone]) -> Manifest:
+    totals = {region: dict(sums) for region, sums in last.totals.items()} if last else {}
+    for part in done:
+        add: Mapping[str, float] = {
+            "samples": part.samples,
+            "seconds": part.seconds,
+            "held_s": part.held_s,
+            "wire_bytes": 0,
+            "egress_usd": 0,
+        }
+        before = totals.get(part.region, {})
+        totals[part.region] = {name: before.get(name, 0) + value for name, value in add.items()}
+    there = {part.region for part in done}
+    kept: list[StoredPart] = [part for part in last.parts if part.region not in there] if last else []
+    return Manifest(
+        run=run,
+        segment=done[0].segment,
+        round=done[0].round,
+        epoch=last.epoch if last else 0,
+        samples=int(sum(total["samples"] for total in totals.values())),
+        parent=last.parent if last else None,
+        metrics=means(add_sums([part.metrics for part in sorted(done, key=lambda part: part.region)])),
+        totals=totals,
+        parts=(*(part.part for part in done), *kept),
+    )
