@@ -59,7 +59,7 @@ def locate_and_plan(run: Run) -> None:
 
 def train_and_publish(run: Run) -> dict[str, Any]:
     """Provision, train segment by segment, evaluate, publish, report. Returns the summary."""
-    run.introduce(each_region(run, provision))
+    run.introduce(run.seats(lambda: each_region(run, provision)))
     run.training = True
     for segment in run.segments_left():
         if synchronize(run, segment, each_region(run, train_partition, segment)):

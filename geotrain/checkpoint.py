@@ -3,6 +3,7 @@
 No manifest, no checkpoint. Tensors are kept by name in safetensors; what is not a tensor is JSON in the file's metadata.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -125,17 +126,20 @@ def commit(run_url: str, manifest: Manifest) -> None:
 
 
 def latest(run_url: str) -> Manifest | None:
-    """The newest committed checkpoint of a run; None when there is none. Raises BadCheckpoint for a broken manifest."""
+    """The newest committed checkpoint of a run whose manifest can be read; None when there is none."""
     fs, path = open_url(join(run_url, "checkpoints"))
-    found = sorted(fs.glob(f"{path}/*/manifest.json"))
-    if not found:
-        return None
-    try:
-        tree = json.loads(fs.cat_file(found[-1]))
-        parts = tuple(StoredPart(**part) for part in tree.pop("parts"))
-        return Manifest(**tree, parts=parts)
-    except (ValueError, TypeError, KeyError) as error:
-        raise BadCheckpoint(found[-1], str(error)) from error
+    for name in sorted(fs.glob(f"{path}/*/manifest.json"), reverse=True):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            tree = json.loads(fs.cat_file(name))
+            parts = tuple(StoredPart(**part) for part in tree.pop("parts"))
+            return Manifest(**tree, parts=parts)
+    return None
+
+
+def set_aside(run_url: str, round: int) -> None:
+    """A checkpoint that cannot be used is none any more; its files stay, for who wants to look at them."""
+    fs, path = open_url(folder(run_url, round))
+    fs.mv(f"{path}/manifest.json", f"{path}/manifest.damaged.json")
 
 
 def prune(run_url: str, keep: int) -> None:

@@ -16,7 +16,7 @@ from geotrain.charge import Charge
 from geotrain.checkpoint import Manifest, StoredPart
 from geotrain.clusters import RegionCluster, open_cluster, quiet_dask
 from geotrain.data.inventory import Inventory, check_same_schema
-from geotrain.errors import ClusterError, Diverged, GeotrainError, JobError, NothingToResume, Stopped
+from geotrain.errors import BadCheckpoint, ClusterError, Diverged, GeotrainError, JobError, NothingToResume, Stopped
 from geotrain.job import JobSpec, RegionSpec
 from geotrain.members.late import commit_late
 from geotrain.members.membership import Membership
@@ -52,8 +52,8 @@ class Run:
         self.partitions: dict[str, Partition] = {}
         self.plan: Plan | None = None
         self._membership: Membership | None = None
-        self.round = resumed.round if resumed else 0
-        self.totals: dict[str, dict[str, float]] = dict(resumed.totals) if resumed else {}
+        self.round = 0
+        self.totals: dict[str, dict[str, float]] = {}
         self.traffic: dict[str, dict[str, dict[str, Any]]] = {}
         self.metrics: dict[str, float] = {}
         self.training = False
@@ -70,10 +70,7 @@ class Run:
         self._closed = False
         self._lock = threading.Lock()
         if resumed:
-            self.plan = Plan.from_dict(folder.read_json("plan.json")).as_of(resumed.round)
-            self.inventory = _inventories(folder.read_json("inventory.json"))
-            if resumed.parent is not None and job.registry is not None:
-                self.warm_start = registry.version(job.registry.url, job.registry.model, resumed.parent)
+            self._take_up(resumed)
 
     @classmethod
     def start(cls, job: JobSpec, *, believe: bool = True) -> "Run":
@@ -308,6 +305,35 @@ class Run:
             joins=joins,
             place=place,
         )
+
+    def seats(self, provision_all: Callable[[], list[SeatTaken]]) -> list[SeatTaken]:
+        """All regions' seats; where a part of the checkpoint turns out to be damaged, as of the one before. Raises BadCheckpoint."""
+        while True:
+            try:
+                return provision_all()
+            except BadCheckpoint as error:
+                if self.resumed is None or not self._fall_back(self.resumed, error):
+                    raise
+
+    def _fall_back(self, damaged: Manifest, error: BadCheckpoint) -> bool:
+        """To the checkpoint before; False when there is none."""
+        checkpoint.set_aside(self.folder.url, damaged.round)
+        before = checkpoint.latest(self.folder.url)
+        self.folder.event("bad_checkpoint", message=error.message, round=damaged.round, back_to=before and before.round)
+        if before is None:
+            return False
+        self.control.abort.clear()
+        self._membership = None
+        self._take_up(before)
+        return True
+
+    def _take_up(self, manifest: Manifest) -> None:
+        """Be where a checkpoint was made."""
+        self.resumed, self.round, self.totals = manifest, manifest.round, dict(manifest.totals)
+        self.plan = Plan.from_dict(self.folder.read_json("plan.json")).as_of(manifest.round)
+        self.inventory = _inventories(self.folder.read_json("inventory.json"))
+        if manifest.parent is not None and self.job.registry is not None:
+            self.warm_start = registry.version(self.job.registry.url, self.job.registry.model, manifest.parent)
 
     @property
     def membership(self) -> Membership:

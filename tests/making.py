@@ -63,7 +63,7 @@ def conduct(run: Run, before_segment: Callable[[Run, int], None] = lambda run, s
     """What flows.train does, in threads instead of tasks."""
     with run:
         run.look_and_plan()
-        run.introduce(run.in_every_region(run.provision))
+        run.introduce(run.seats(lambda: run.in_every_region(run.provision)))
         for segment in run.segments_left():
             before_segment(run, segment)
             if run.synchronize(segment, run.in_every_region(run.train, segment)):

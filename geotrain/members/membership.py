@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from geotrain.checkpoint import Manifest, StoredPart
-from geotrain.errors import ClusterError, GeotrainError, ModelMismatch, Stopped
+from geotrain.errors import BadCheckpoint, ClusterError, GeotrainError, ModelMismatch, Stopped
 from geotrain.job import JobSpec
 from geotrain.members.roster import Roster
 from geotrain.members.tally import Tally
-from geotrain.partition.orders import Directory, SeatOrder, SeatTaken
+from geotrain.partition.orders import Directory, Place, SeatOrder, SeatTaken
 from geotrain.partition.partition import Control, Partition
 from geotrain.partition.ways import directory_of, others_with_a_choice
 from geotrain.plan.planner import Plan
@@ -177,9 +177,13 @@ class Membership:
                 return False  # another region has what all agreed on
             place = None if alone else self.tally.place(region)
             view = self.roster.with_(region)
-            taken = self.partitions[region].take_seats(
-                lambda rank, world, rendezvous: make_order(region, rank, world, rendezvous, view, part, not alone, place)
-            )
+            try:
+                taken = self._seat(region, make_order, view, part, not alone, place)
+            except BadCheckpoint as error:
+                if alone:
+                    raise
+                self.folder.event("bad_checkpoint", message=error.message, region=region)
+                taken = self._seat(region, make_order, view, None, True, place)  # the others have what matters
             if self._first is not None:
                 self._check_same_model(self._first, taken, values=False)
             with self._lock:
@@ -190,6 +194,11 @@ class Membership:
                 self._tell(view)
         self.board.status(region, "back")
         return True
+
+    def _seat(self, region: str, make_order: MakeOrder, view: View, part: StoredPart | None, joins: bool, place: Place | None) -> SeatTaken:
+        return self.partitions[region].take_seats(
+            lambda rank, world, rendezvous: make_order(region, rank, world, rendezvous, view, part, joins, place)
+        )
 
     def parts_of_absent(self, there: set[str]) -> list[StoredPart]:
         """What the last manifest has of the others."""

@@ -15,6 +15,7 @@ from geotrain import checkpoint, registry
 from geotrain.errors import GeotrainError, NothingToResume, Stopped
 from geotrain.job import JobSpec
 from geotrain.report.folder import RunFolder
+from geotrain.report.ledger import ledger
 from geotrain.run import Run
 from geotrain.simulate.simulate import simulate
 from tests.making import conduct, points_job, write_points
@@ -89,6 +90,32 @@ def test_killed_and_resumed_is_uninterrupted_to_the_bit(tmp_path: Path, name: st
     summary = conduct(resumed)
     assert same(model_of(resumed), model_of(whole))
     assert summary["samples"] == 4 * 400
+
+
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path: Path) -> None:
+    job = points_job(tmp_path, schedule={"segment_rounds": 7})
+    whole = Run.start(job)
+    conduct(whole)
+
+    def die(run: Run, segment: int) -> None:
+        if segment == 4:
+            raise MemoryError("as if killed")
+
+    broken = Run.start(job)
+    with pytest.raises(MemoryError):
+        conduct(broken, before_segment=die)
+    manifest = checkpoint.latest(broken.folder.url)
+    assert manifest is not None
+    part = Path(manifest.parts[0].url)
+    part.write_bytes(part.read_bytes()[:-1] + b"\x01")
+    resumed = Run.resume(RunFolder(broken.folder.url))
+    assert resumed.round == 21
+    conduct(resumed)
+    (told,) = [event for event in resumed.folder.lines("events.jsonl") if event["event"] == "bad_checkpoint"]
+    assert (told["round"], told["back_to"]) == (21, 14)
+    assert "SHA-256" in told["message"]
+    assert same(model_of(resumed), model_of(whole))
+    assert ledger(resumed.folder)["balanced"]
 
 
 @pytest.mark.parametrize("name", ["diloco-bf16", "streaming", "ma-econtrol"])
