@@ -54,7 +54,7 @@ def each_region(run: Run, task: Task[..., Any], *args: Any, regions: Sequence[st
 
     When one fails the others are told to end, and the failure that began it is raised.
     """
-    names = [region.name for region in run.job.regions] if regions is None else regions
+    names = run.regions if regions is None else regions
     futures = [task.submit(run, name, *args) for name in names]
     waiting = list(futures)
     while waiting:

@@ -71,6 +71,10 @@ class Charge:
         self._thread = threading.Thread(target=self._renew, name="geotrain-lease", daemon=True)
         self._thread.start()
 
+    @property
+    def held(self) -> bool:
+        return self._thread is not None
+
     def check(self) -> None:
         """Before anything is committed. Raises RunTaken when another process is in charge by now."""
         try:
@@ -142,12 +146,17 @@ def ask(url: str, what: str) -> None:
         raise OutputUnwritable("this command", url, str(error) or type(error).__name__) from error
 
 
-def wait_for_end(run: str, url: str) -> None:
-    """Until nobody is in charge of the run in this folder. Raises NotRunning when nobody was, or does not answer any more."""
-    looked = Charge(run, url, lambda what: None)
-    number, content = looked.newest()
+def in_charge(run: str, url: str) -> tuple[int, dict[str, Any]]:
+    """(number, content) of the lease on the run in this folder. Raises NotRunning when nobody holds it."""
+    number, content = Charge(run, url, lambda what: None).newest()
     if content is None or content["released"] or gone(content["holder"]):
         raise NotRunning(run)
+    return number, content
+
+
+def wait_for_end(run: str, url: str) -> None:
+    """Until nobody is in charge of the run in this folder. Raises NotRunning when nobody was, or does not answer any more."""
+    looked, (number, content) = Charge(run, url, lambda what: None), in_charge(run, url)
     changed_at, before = time.monotonic(), content
     while not before["released"]:
         time.sleep(BEAT_S / 4)

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from enum import StrEnum
@@ -282,7 +283,7 @@ def resume(run: RunId, runs: Runs = "runs", shape: Shape = Format.text) -> None:
     with answering(shape):
         from geotrain.run import Run
 
-        this = Run.resume(RunFolder.find(run, runs))
+        this = Run.resume(RunFolder.find(run, runs), people.print)
         _conduct(this, shape, lambda: _flow("flows.train", "geotrain_resume")(this.folder.url, return_state=True))
 
 
@@ -439,6 +440,35 @@ def data(
             return
         for region, number in written.items():
             answers.print(f"{folder / region}: {count(number)} rows to train on, a quarter as many held out")
+
+
+region_app = typer.Typer(no_args_is_help=True, help="Regions of a run that is under way.")
+app.add_typer(region_app, name="region")
+
+
+@region_app.command("drain")
+def region_drain(run: RunId, region: str, runs: Runs = "runs", shape: Shape = Format.text) -> None:
+    """Let a region leave in peace: the segment ends early, with a checkpoint, and the others go on without it."""
+    with answering(shape):
+        from geotrain.charge import ask, in_charge
+
+        folder = RunFolder.find(run, runs)
+        names = [spec.name for spec in folder.job().regions]
+        if region not in names:
+            raise JobError(f"{run} has no region '{region}'; it has: {', '.join(names)}")
+        in_charge(folder.run, folder.url)
+        ask(folder.url, f"drain {region}")
+        ended = {"left", "stays"}
+        with people.status(f"asked {folder.run} to go on without {region}"):
+            while not (told := [e for e in folder.lines("events.jsonl") if e["event"] in ended and e["region"] == region]):
+                in_charge(folder.run, folder.url)
+                time.sleep(0.5)
+        if told[-1]["event"] == "stays":
+            raise JobError(f"{region} stays: {told[-1]['why']}; `geotrain stop {folder.run}` ends the run")
+        if shape is Format.json:
+            envelope("ok", 0, data={"run": folder.run, "region": region, "left": True})
+            return
+        answers.print(f"{region} has left {folder.run}: its cluster can go")
 
 
 certs_app = typer.Typer(no_args_is_help=True, help="Certificates for a trial: a CA, and one for every region. Bring your own in earnest.")

@@ -39,9 +39,12 @@ FLUSH_S = 1.0
 class Run:
     """A context manager: clusters begin to open when it is entered, and are closed whatever happens."""
 
-    def __init__(self, job: JobSpec, folder: RunFolder, resumed: Manifest | None = None) -> None:
+    def __init__(self, job: JobSpec, folder: RunFolder) -> None:
         self.job, self.folder, self.id = job, folder, folder.run
-        self.resumed = resumed
+        self.resumed: Manifest | None = None
+        """The checkpoint to go on from."""
+        self.left: set[str] = set()
+        """Regions that left for good."""
         self.charge = Charge(self.id, folder.url, self._asked)
         self.strategy = strategy_of(job.sync, len(job.regions))
         self.control = Control(self.id)
@@ -58,6 +61,8 @@ class Run:
         self.metrics: dict[str, float] = {}
         self.training = False
         """Between the first segment and the last: a request to stop waits for a checkpoint."""
+        self.leaving: set[str] = set()
+        """Regions that are to leave at the end of the segment."""
         self.published: tuple[registry.Version, str] | None = None
         self.handed_over = False
         """Begun by the command line, which also ends it."""
@@ -69,8 +74,6 @@ class Run:
         self._flushed_at = 0.0
         self._closed = False
         self._lock = threading.Lock()
-        if resumed:
-            self._take_up(resumed)
 
     @classmethod
     def start(cls, job: JobSpec, *, believe: bool = True) -> "Run":
@@ -83,26 +86,33 @@ class Run:
         return cls(job, folder)
 
     @classmethod
-    def resume(cls, folder: RunFolder) -> "Run":
-        """Continue from the newest checkpoint. Raises NothingToResume, BadCheckpoint."""
+    def resume(cls, folder: RunFolder, told: Callable[[str], None] = lambda words: None) -> "Run":
+        """Continue from the newest checkpoint. `told`: of a wait for another process's sign of life. Raises NothingToResume, RunTaken."""
         if folder.has("summary.json"):
             raise NothingToResume(folder.run, "it is complete")
-        job = folder.job()
-        manifest = checkpoint.latest(folder.url)
-        equal = isinstance(strategy_of(job.sync, len(job.regions)), Merging)
-        manifest = commit_late(folder, manifest, [region.name for region in job.regions], agree=equal) or manifest
-        if manifest is None:
-            raise NothingToResume(folder.run, "it has no checkpoint yet")
-        return cls(job, folder, manifest)
+        run = cls(folder.job(), folder)
+        run.charge.take(told)
+        try:
+            run.left = {event["region"] for event in folder.lines("events.jsonl") if event["event"] == "left"}
+            manifest = checkpoint.latest(folder.url)
+            manifest = commit_late(folder, manifest, run.regions, agree=isinstance(run.strategy, Merging)) or manifest
+            if manifest is None:
+                raise NothingToResume(folder.run, "it has no checkpoint yet")
+            run._take_up(manifest)
+        except BaseException:
+            run.charge.release()
+            raise
+        return run
 
     def open(self) -> "Run":
         """Begin to open the clusters, all at once, and return; who opens a run must enter and leave it."""
         if not self._clusters:
-            self.charge.take(self.board.enter)
+            if not self.charge.held:
+                self.charge.take(self.board.enter)
             if self.resumed:
                 self.folder.event("resumed", round=self.resumed.round, segment=self.resumed.segment)
             quiet_dask()
-            for region in self.job.regions:
+            for region in map(self.job.region, self.regions):
                 self.board.status(region.name, "starting its cluster")
                 self._clusters[region.name] = self._threads.submit(self._open, region)
         return self
@@ -136,11 +146,16 @@ class Run:
 
     def _asked(self, what: str) -> None:
         """What the command line, or the loss of the lease, wants of this process."""
-        if what == "stop" and self.training:
+        word, _, region = what.partition(" ")
+        if word == "drain" and region in self.regions:
+            self.folder.event("asked_to_leave", region=region)
+            self.leaving.add(region)
+            self.control.turn.set()
+        elif word == "stop" and self.training:
             self.board.enter("stopping: draining the round and writing a checkpoint")
             self.control.stop.set()
-            return
-        self.control.abort.set()
+        elif word in ("stop", "force", "lost"):
+            self.control.abort.set()
 
     def _note_end(self, error: BaseException) -> None:
         if isinstance(error, Stopped) or not isinstance(error, Exception):
@@ -164,7 +179,7 @@ class Run:
 
     def in_every_region(self, stage: Callable[..., Any], *args: Any, regions: Sequence[str] | None = None) -> list[Any]:
         """Call one of the stages below for all regions at once, or for some, in threads of this process: what flows do through tasks."""
-        names = [region.name for region in self.job.regions] if regions is None else regions
+        names = self.regions if regions is None else regions
         with ThreadPoolExecutor(max_workers=len(names)) as threads:
             futures = [threads.submit(stage, name, *args) for name in names]
             for future in as_completed(futures):
@@ -342,14 +357,20 @@ class Run:
         with self._lock:
             if self._membership is None:
                 epoch = self.resumed.epoch + 1 if self.resumed else 0
-                self._membership = Membership(self.job, self.plan, epoch, self.control, self.board, self.folder, self.partitions)
+                view = self.plan.view(epoch, without=self.left)
+                self._membership = Membership(self.job, self.plan, view, self.control, self.board, self.folder, self.partitions)
                 self._membership.manifest = self.resumed
             return self._membership
 
     @property
+    def regions(self) -> tuple[str, ...]:
+        """Those that belong to the run, in the order of the job."""
+        return tuple(region.name for region in self.job.regions if region.name not in self.left)
+
+    @property
     def present(self) -> tuple[str, ...]:
         """The regions that are in, in the order of the job."""
-        return tuple(region.name for region in self.job.regions if region.name in self.membership.present)
+        return tuple(region for region in self.regions if region in self.membership.present)
 
     def introduce(self, seats: Sequence[SeatTaken]) -> None:
         """All regions must begin with one model; then it is settled how each leader reaches the others. Raises ModelMismatch."""
@@ -420,10 +441,24 @@ class Run:
         self.folder.event("segment", segment=segment, round=self.round, metrics=self.metrics, hashes=hashes, samples=manifest.samples)
         self.folder.flush()
         self._ticket += 1
+        for region in sorted(self.leaving & set(self.regions)):
+            self._part_with(region)
         if self.control.turn.is_set():
             self.control.turn.clear()
             self._replan()
         return self.round >= self.plan.rounds or self._goal_reached(self.metrics)
+
+    def _part_with(self, region: str) -> None:
+        """A region leaves in peace: what it learned is in the checkpoint."""
+        self.leaving.discard(region)
+        if len(self.regions) == 1:
+            self.folder.event("stays", region=region, why="it is the last region")
+            return
+        self.left.add(region)
+        self.membership.part_with(region)
+        self.board.status(region, "left")
+        self.partitions[region].leave()
+        self._clusters[region].result().close()
 
     def _replan(self) -> None:
         """H for the links as they were measured: after the manifest, which an older plan must not contradict."""

@@ -334,10 +334,9 @@ class JobSpec(Spec):
                 raise ValueError(f"simulate.outages: no region '{outage.region}'")
         return self
 
-    @property
-    def quorum(self) -> int:
-        """Regions without which training pauses."""
-        return self.elastic.quorum or -(-len(self.regions) // 2)
+    def quorum_of(self, regions: int) -> int:
+        """Of so many regions, those without which training pauses."""
+        return min(self.elastic.quorum or -(-regions // 2), regions)
 
     def region(self, name: str) -> RegionSpec:
         return next(region for region in self.regions if region.name == name)

@@ -31,10 +31,10 @@ class Membership:
     """The regions of a run while it trains. Methods with a region block; each is called from that region's thread."""
 
     def __init__(
-        self, job: JobSpec, plan: Plan, epoch: int, control: Control, board: Board, folder: RunFolder, partitions: Mapping[str, Partition]
+        self, job: JobSpec, plan: Plan, view: View, control: Control, board: Board, folder: RunFolder, partitions: Mapping[str, Partition]
     ) -> None:
         self.job, self.plan, self.control, self.board, self.folder, self.partitions = job, plan, control, board, folder, partitions
-        self.roster = Roster(control.run, plan.view(epoch), job.quorum)
+        self.roster = Roster(control.run, view, job.quorum_of(len(view.regions)))
         self.tally = Tally()
         self.directory = Directory({}, {})
         self.manifest: Manifest | None = None
@@ -43,6 +43,7 @@ class Membership:
         self._tried: dict[str, Mapping[str, str | None]] = {}
         self._first: SeatTaken | None = None
         """Whose model all others must have."""
+        self._belong = set(view.regions)
         self._lock = threading.RLock()
         """Of who is in, and where they are."""
         self._seating = threading.Lock()
@@ -63,7 +64,7 @@ class Membership:
             self._check_same_model(first, other, values=self.manifest is None)
         self._first = first
         self._addresses = {seat.region: seat.wan for seat in seats}
-        names = [region.name for region in self.job.regions]
+        names = [seat.region for seat in seats]
         self._tried = dict(zip(names, in_every_region(self._try_links), strict=True))
         self.directory = self._directory(self.roster.view)
         for region, dialled in self._tried.items():
@@ -110,6 +111,8 @@ class Membership:
         Raises QuorumLost, Stopped.
         """
         while True:
+            if region not in self._belong:
+                return None
             if region not in self.roster.view.regions:
                 self._bring_back(region, ticket, make_order)
             if self.roster.over(ticket):
@@ -138,6 +141,16 @@ class Membership:
                 self.control.turn.set()  # the segment ends early, with a checkpoint
         self.partitions[region].abandon()
 
+    def part_with(self, region: str) -> None:
+        """It leaves for good, between two segments."""
+        with self._lock:
+            self._belong.discard(region)
+            self.roster.quorum = self.job.quorum_of(len(self._belong))
+            view = self.roster.lose(region)
+            self._addresses.pop(region, None)
+            self.folder.event("left", region=region)
+            self._tell(view)
+
     def _tell(self, view: View) -> None:
         self.directory = self._directory(view)
         self.folder.event("view", epoch=view.epoch, regions=view.regions, owners=view.owners, quorum=self.roster.quorum)
@@ -148,7 +161,7 @@ class Membership:
     @property
     def stage(self) -> str:
         """What the run is doing, in words."""
-        away = sorted({region.name for region in self.job.regions} - set(self.present))
+        away = sorted(self._belong - set(self.present))
         if not self.roster.enough:
             return f"recovering: waiting for {', '.join(away)}"
         return f"training, degraded: without {', '.join(away)}" if away else "training"

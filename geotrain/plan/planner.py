@@ -1,6 +1,6 @@
 """make_plan: the placement of a job with its predictions, a pure function of what is known about data, offers and links."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
@@ -106,9 +106,11 @@ class Plan:
         """The region with the largest part of the merging; it publishes."""
         return min(self.shares, key=lambda region: (-self.shares[region], region))
 
-    def view(self, epoch: int) -> View:
-        """All regions, with their owners."""
-        return View(epoch, tuple(sorted(plan.region for plan in self.regions)), tuple(self.shares))
+    def view(self, epoch: int, without: Collection[str] = ()) -> View:
+        """All regions, or all but some, with their owners."""
+        regions = sorted(plan.region for plan in self.regions if plan.region not in without)
+        owners = [owner if owner in regions else regions[number % len(regions)] for number, owner in enumerate(self.shares)]
+        return View(epoch, tuple(regions), tuple(owners))
 
     @property
     def segments(self) -> int:

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from distributed import LocalCluster
 
+from geotrain.charge import ask
 from geotrain.errors import ClusterTooSmall, QuorumLost
 from geotrain.job import JobSpec
 from geotrain.partition.partition import Partition
@@ -170,6 +171,19 @@ def test_a_run_gives_up_when_the_quorum_does_not_come_back(tmp_path: Path, monke
     resumed = Run.resume(run.folder)
     conduct(resumed)
     assert ledger(run.folder)["balanced"]
+
+
+def test_a_region_that_is_drained_leaves_in_peace(tmp_path: Path) -> None:
+    run = Run.start(job_of(tmp_path, "streaming"))
+    conduct(run, in_mid_run(lambda run: ask(run.folder.url, "drain west")))
+    assert [event["region"] for event in events(run, "left")] == ["west"]
+    assert not events(run, "lost")
+    (view,) = events(run, "view")
+    assert view["regions"] == ["north", "south"]
+    found = ledger(run.folder)
+    assert found["balanced"], found
+    last = {region: max(row["epoch"] for row in found["regions"] if row["region"] == region) for region in ("north", "west")}
+    assert last["west"] < last["north"] == EPOCHS - 1
 
 
 FLOW = """
