@@ -1,0 +1,81 @@
+"""How long it takes until a region that lost something is back, and how long the others wait: digits, three regions, real processes."""
+
+import json
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.measure import ROOT, spread, write
+from geotrain.job import load_job
+from geotrain.report.ledger import ledger
+from geotrain.run import Run
+from tests.making import conduct
+
+TURNS = 3
+VICTIM = "virginia"
+
+
+def pid_of(run: Run, worker: int) -> int:
+    partition = run.partitions[VICTIM]
+    address = partition.workers[worker]
+    return int(partition.client.run(os.getpid, workers=[address])[address])
+
+
+FAULTS: dict[str, Callable[[Run], None]] = {
+    "leader killed": lambda run: os.kill(pid_of(run, 0), signal.SIGKILL),
+    "one worker of two killed": lambda run: os.kill(pid_of(run, 1), signal.SIGKILL),
+    "leader hangs": lambda run: os.kill(pid_of(run, 0), signal.SIGSTOP),
+}
+
+
+def measure(fault: str) -> dict[str, float | bool]:
+    """Seconds of one run with one fault in its second segment."""
+    with tempfile.TemporaryDirectory() as folder:
+        overrides: dict[str, Any] = {
+            "output.url": folder,
+            "registry": None,
+            "train.epochs": 30,
+            "schedule.segment_rounds": 60,
+            "schedule.allocate": "all",
+            f"regions.{VICTIM}.devices": [{"kind": "cpu", "count": 2 if "two" in fault else 1}],
+        }
+        run = Run.start(load_job(str(ROOT / "deployments/jobs/digits-3-regions.yaml"), overrides), believe=False)
+        struck: list[float] = []
+
+        def strike() -> None:
+            while min(row.rounds for row in run.board.rows.values()) < 80:
+                time.sleep(0.02)
+            FAULTS[fault](run)
+            struck.append(time.time())
+
+        conduct(run, lambda run, segment: threading.Thread(target=strike, daemon=True).start() if segment == 1 else None)
+        events = [json.loads(line) for line in (Path(run.folder.url) / "events.jsonl").read_text().splitlines()]
+        at = {event["event"]: event["at"] for event in events if event["event"] in ("lost", "back")}
+        others = sorted(r["at"] for r in run.folder.lines("rounds.jsonl") if r["region"] != VICTIM and abs(r["at"] - struck[0]) < 60)
+        pause = max(later - earlier for earlier, later in zip(others, others[1:], strict=False) if later > struck[0])
+        return {
+            "noticed_s": at["lost"] - struck[0],
+            "others_wait_s": pause,
+            "back_s": at["back"] - struck[0],
+            "balanced": ledger(run.folder)["balanced"],
+        }
+
+
+def main() -> None:
+    results = {}
+    for fault in FAULTS:
+        found = [measure(fault) for _ in range(TURNS)]
+        names = ("noticed_s", "others_wait_s", "back_s")
+        results[fault] = {name: spread([float(one[name]) for one in found]) for name in names}
+        results[fault]["balanced"] = all(one["balanced"] for one in found)
+        print(f"{fault:26} {results[fault]}", flush=True)
+    write("recovery", results)
+
+
+if __name__ == "__main__":
+    main()
