@@ -1,0 +1,5 @@
+"""`python -m geotrain.cli`."""
+
+from geotrain.cli import main
+
+main()
