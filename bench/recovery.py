@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def measure(fault: str) -> dict[str, float | bool]:
         events = [json.loads(line) for line in (Path(run.folder.url) / "events.jsonl").read_text().splitlines()]
         at = {event["event"]: event["at"] for event in events if event["event"] in ("lost", "back")}
         others = sorted(r["at"] for r in run.folder.lines("rounds.jsonl") if r["region"] != VICTIM and abs(r["at"] - struck[0]) < 60)
-        pause = max(later - earlier for earlier, later in zip(others, others[1:], strict=False) if later > struck[0])
+        pause = max(later - earlier for earlier, later in pairwise(others) if later > struck[0])
         return {
             "noticed_s": at["lost"] - struck[0],
             "others_wait_s": pause,

@@ -16,7 +16,7 @@ from geotrain.charge import Charge
 from geotrain.checkpoint import Manifest, StoredPart
 from geotrain.clusters import RegionCluster, open_cluster, quiet_dask
 from geotrain.data.inventory import Inventory, check_same_schema
-from geotrain.errors import BadCheckpoint, ClusterError, Diverged, GeotrainError, JobError, NothingToResume, Stopped
+from geotrain.errors import BadCheckpoint, ClusterError, Diverged, GeotrainError, JobError, NonFiniteLoss, NothingToResume, Stopped
 from geotrain.job import JobSpec, RegionSpec
 from geotrain.members.late import commit_late
 from geotrain.members.membership import Membership
@@ -70,6 +70,8 @@ class Run:
         self._clusters: dict[str, Future[RegionCluster]] = {}
         self._threads = ThreadPoolExecutor(max_workers=len(job.regions), thread_name_prefix="geotrain-open")
         self._ticket = 1
+        self._spoilt: set[str] = set()
+        """Regions that came back in this segment from rounds that ended in a NaN."""
         self.watch = LinkWatch(job)
         self._flushed_at = 0.0
         self._closed = False
@@ -405,6 +407,12 @@ class Run:
             except ClusterError as error:
                 self.membership.lost(region, error, self.round)
                 continue
+            except NonFiniteLoss as error:
+                if region in self._spoilt:
+                    raise
+                self._spoilt.add(region)  # once: a bad machine may be the reason, or an optimizer that has lost its way
+                self.membership.lost(region, error, self.round)
+                continue
             self.board.status(region, f"segment {segment} done")
             if self.membership.end(region, ticket, view):
                 return done
@@ -441,6 +449,7 @@ class Run:
         self.folder.event("segment", segment=segment, round=self.round, metrics=self.metrics, hashes=hashes, samples=manifest.samples)
         self.folder.flush()
         self._ticket += 1
+        self._spoilt.clear()
         for region in sorted(self.leaving & set(self.regions)):
             self._part_with(region)
         if self.control.turn.is_set():

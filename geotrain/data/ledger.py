@@ -22,6 +22,8 @@ class RoundOfRows:
     epoch: int
     done: int
     steps: int
+    void: bool = False
+    """It ended in a NaN or an infinity, and counts for nothing."""
 
 
 @dataclass(slots=True)
@@ -48,12 +50,14 @@ class EpochOfRows:
     """Rows of rounds that were not committed: trained on for nothing."""
     again: tuple[int, ...]
     """The rounds of these."""
+    discarded: int
+    """Rows of rounds that ended in a NaN or an infinity."""
     away: bool
     """The region was away for some rounds: rows that it then did not come to are not made up."""
 
     @property
     def never(self) -> int:
-        return self.rows - self.counted
+        return self.rows - self.counted - self.discarded
 
 
 def account(groups: Sequence[RowGroup], seatings: Sequence[Seating], *, seed: int, mix: int, batch_size: int) -> list[EpochOfRows]:
@@ -62,6 +66,7 @@ def account(groups: Sequence[RowGroup], seatings: Sequence[Seating], *, seed: in
     counts: dict[int, NDArray[np.int32]] = {}
     void: dict[int, int] = {}
     again: dict[int, set[int]] = {}
+    discarded: dict[int, int] = {}
     away: set[int] = set()
     end = 0
     for number, seating in enumerate(seatings):
@@ -74,7 +79,9 @@ def account(groups: Sequence[RowGroup], seatings: Sequence[Seating], *, seed: in
             expected, last, end = record.round + 1, record.epoch, max(end, record.epoch)
             for epoch, positions in taken.of(record):
                 counts.setdefault(epoch, np.zeros(rows, dtype=np.int32))
-                if until is None or record.round < until:
+                if record.void and (until is None or record.round < until):
+                    discarded[epoch] = discarded.get(epoch, 0) + positions.size
+                elif until is None or record.round < until:
                     np.add.at(counts[epoch], positions, 1)
                 elif positions.size:
                     void[epoch] = void.get(epoch, 0) + positions.size
@@ -82,8 +89,18 @@ def account(groups: Sequence[RowGroup], seatings: Sequence[Seating], *, seed: in
     found = []
     for epoch in range(end + 1 if counts else 0):
         count = counts.get(epoch, np.zeros(rows, dtype=np.int32))
-        rounds = tuple(sorted(again.get(epoch, ())))
-        found.append(EpochOfRows(epoch, rows, int((count > 0).sum()), int((count > 1).sum()), void.get(epoch, 0), rounds, epoch in away))
+        found.append(
+            EpochOfRows(
+                epoch=epoch,
+                rows=rows,
+                counted=int((count > 0).sum()),
+                more_than_once=int((count > 1).sum()),
+                void=void.get(epoch, 0),
+                again=tuple(sorted(again.get(epoch, ()))),
+                discarded=discarded.get(epoch, 0),
+                away=epoch in away,
+            )
+        )
     return found
 
 

@@ -258,6 +258,9 @@ class ElasticSpec(Spec):
     """Regions without which training pauses; None: half of them, rounded up."""
     give_up_after_s: Positive = 3600.0
     """A run with fewer regions than its quorum waits for so long, then fails; it can be resumed."""
+    bad_rounds: Count = 3
+    """With so many rounds in a row that end in a NaN or an infinity a region is lost and comes back from the others; if it goes on so, the
+    run fails. Fewer are void: the region takes the next round from where that one began."""
 
 
 class OutputSpec(Spec):

@@ -24,6 +24,8 @@ class Directive:
     epoch: int
     done: int
     """Where the region is in its rows: inner steps made of that epoch; negative: some of the epoch before are still to be made."""
+    void: bool = False
+    """The round went wrong: what is not finite in the inner optimizer is to be forgotten."""
 
 
 class Alone:
@@ -62,14 +64,15 @@ class Together:
 
     def follow(self, directive: Directive | None, vector: Tensor) -> Directive:
         """The leader's directive, on every worker; with its parameters when they changed."""
-        word = torch.zeros(5, dtype=torch.int64)
+        word = torch.zeros(6, dtype=torch.int64)
         if directive is not None:
-            word = torch.tensor([directive.round, directive.changed, directive.over, directive.epoch, directive.done], dtype=torch.int64)
+            at = (directive.round, directive.epoch, directive.done)
+            word = torch.tensor([*at, directive.changed, directive.over, directive.void], dtype=torch.int64)
         dist.broadcast(word, 0)
-        round, changed, over, epoch, done = word.tolist()
+        round, epoch, done, changed, over, void = word.tolist()
         if changed:
             self.share_vector(vector)
-        return Directive(round, bool(changed), bool(over), epoch, done)
+        return Directive(round, bool(changed), bool(over), epoch, done, bool(void))
 
     def share_vector(self, vector: Tensor) -> None:
         dist.broadcast(vector, 0)

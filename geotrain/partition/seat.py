@@ -110,6 +110,7 @@ class Seat:
             attend=lambda: None,
             stop_wanted=lambda: self.stop_in == self.now_in or self.lapsed_at is not None,
             report=self.reporter.round,
+            bad_rounds=self.job.elastic.bad_rounds,
             event=self.reporter.event,
             after_round=lambda compute_s: self._adapt(adapter, replica, compute_s),
         )

@@ -109,6 +109,8 @@ class ParameterServer:
     report: Callable[[RoundRecord], None]
     event: Callable[[str, dict[str, Any]], None]
     clock: Callable[[], float] = time.monotonic
+    bad_rounds: int = 1
+    """So many in a row with a NaN or an infinity are an error; fewer are void."""
     after_round: Callable[[float], None] = lambda compute_s: None
     """Told how long the round's inner steps took, without waiting."""
     totals: Totals = field(default_factory=Totals)
@@ -119,6 +121,9 @@ class ParameterServer:
     _told_wake: list[float] = field(default_factory=list)
     _changed: bool = False
     _stop_told: bool = False
+    _bad_rounds: int = 0
+    """In a row."""
+    _void: bool = False
     _losses: list[tuple[Tensor, int]] = field(default_factory=list)
     """Of the round so far: (mean, rows) per inner step, left on the device until the round is full."""
     _round_loss: float = 0.0
@@ -154,23 +159,39 @@ class ParameterServer:
     def stepped(self, samples: int, loss: Tensor) -> None:
         """Count an inner step and exchange what is due, without waiting for anything.
 
-        `loss`: the step's mean, a detached scalar. Raises FloatingPointError at the end of a round, full or cut short, whose loss or
-        parameters are not finite, before anything of it leaves the region.
+        `loss`: the step's mean, a detached scalar. A round, full or cut short, whose loss or parameters are not finite is void: the region
+        begins the next from where this one began, and nothing of it leaves the region but that it counts for nothing. Raises
+        FloatingPointError for the last of `bad_rounds` in a row.
         """
         self._losses.append((loss, samples))
         self.totals.steps += 1
-        self.handle(StepDone(samples, self.clock()))
+        at = self.machine.at
+        void = at.steps + 1 == at.quota and self._went_wrong()
+        self.handle(StepDone(samples, self.clock(), void=void))
+
+    def _went_wrong(self) -> bool:
+        """The round's steps are done: whether its loss, or the parameters, are not finite. Then all is as when it began."""
+        self._add_up_losses()
+        if math.isfinite(self._round_loss) and math.isfinite(self.replica.local.sum().item()):
+            self._bad_rounds = 0
+            return False
+        self._bad_rounds += 1
+        if self._bad_rounds >= self.bad_rounds:
+            raise FloatingPointError("loss or parameters")
+        self.event("void_round", {"round": self.machine.at.round, "in_a_row": self._bad_rounds})
+        self._round_loss = 0.0
+        self.replica.void()
+        self._changed = self._void = True
+        return True
 
     def _add_up_losses(self) -> None:
-        """The round's steps are done: its loss, and whether all of it is finite."""
+        """Of the round."""
         if not self._losses:
             return
         first = self._losses[0][0]
         weights = torch.tensor([rows for _, rows in self._losses], dtype=first.dtype, device=first.device)
         self._round_loss = (torch.stack([mean for mean, _ in self._losses]) * weights).sum().item()
         self._losses.clear()
-        if not math.isfinite(self._round_loss) or not math.isfinite(self.replica.local.sum().item()):
-            raise FloatingPointError("loss or parameters")
 
     def directive(self) -> Directive:
         """Take what came; while the machine holds, wait for more."""
@@ -189,7 +210,8 @@ class ParameterServer:
                 self.take(late)
             self.tick()
         changed, self._changed = self._changed, False
-        return Directive(at.round, changed, at.over, at.pace.epoch(at.round), at.done + at.steps)
+        void, self._void = self._void, False
+        return Directive(at.round, changed, at.over, at.pace.epoch(at.round), at.done + at.steps, void)
 
     def tick(self) -> None:
         """Tell the machine the time, if it asked to be told."""
@@ -223,7 +245,8 @@ class ParameterServer:
         """`spent`: payloads to forget once all instructions are carried out."""
         match instruction:
             case Produce(update):
-                self._add_up_losses()
+                if self._losses:  # a round cut short
+                    self._went_wrong()
                 self._payloads[update.key] = self.replica.produce(update)
                 self._changed |= self.replica.produce_moves
                 if update.kind is Kind.PUSH:

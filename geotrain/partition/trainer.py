@@ -141,6 +141,14 @@ class Trainer:
                 self.rows.follow(directive.epoch, directive.done)
                 self.seed_round(round)
             directive = self._step(round)
+            if directive.void:
+                self.forget_what_is_not_finite()
+
+    def forget_what_is_not_finite(self) -> None:
+        """In the inner optimizer: its state begins anew if a NaN or an infinity is in it."""
+        tensors = [value for slots in self.optimizer.state.values() for value in slots.values() if isinstance(value, Tensor)]
+        if not all(bool(torch.isfinite(tensor.sum())) for tensor in tensors):
+            self.optimizer.state.clear()
 
     def inner_step(self) -> tuple[Tensor, int]:
         """One inner step on this worker's next batch; returns the region's mean loss and rows."""

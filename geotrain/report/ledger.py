@@ -12,7 +12,7 @@ def ledger(folder: RunFolder) -> dict[str, Any]:
     """{"balanced": ..., "regions": [{region, epoch, rows, ...}], "why": [...]}.
 
     Balanced: no row counts twice in an epoch, and every row of a finished epoch counts once, but for those of rounds for which the
-    region was away. Raises NothingToResume for a run that trained nothing.
+    region was away, or that ended in a NaN. Raises NothingToResume for a run that trained nothing.
     """
     job, inventories = folder.job(), folder.read_json("inventory.json")
     seatings: dict[str, dict[int, Seating]] = {}
@@ -24,7 +24,8 @@ def ledger(folder: RunFolder) -> dict[str, Any]:
             why.append(event)
     for record in folder.lines("rounds.jsonl"):
         seating = seatings[record["region"]][record["life"]]
-        seating.rounds.append(RoundOfRows(record["round"], record["epoch"], record["done"], record["steps"]))
+        void = bool(record["steps"]) and not record["samples"]
+        seating.rounds.append(RoundOfRows(record["round"], record["epoch"], record["done"], record["steps"], void))
     regions = []
     for region, lives in sorted(seatings.items()):
         groups = Inventory.from_dict(inventories[region][0]).row_groups()
@@ -44,6 +45,7 @@ def ledger(folder: RunFolder) -> dict[str, Any]:
                     "away": 0,
                     "to_come": 0,
                     kind: one.never,
+                    "discarded": one.discarded,
                     "again": one.void,
                     "rounds_again": list(one.again),
                 }

@@ -49,7 +49,7 @@ def ledger_tables(found: Mapping[str, Any]) -> list[RenderableType]:
     """The ledger, in sums per region; epochs that are not as they should be in lines of their own; and why."""
     sums = Table(expand=False)
     sums.add_column("region", style="bold")
-    names = ("once", "more than once", "never", "away", "to come", "again")
+    names = ("once", "more than once", "never", "away", "discarded", "to come", "again")
     for title in ("epochs", "rows", *names):
         sums.add_column(title, justify="right")
     odd: list[RenderableType] = []
@@ -65,7 +65,8 @@ def ledger_tables(found: Mapping[str, Any]) -> list[RenderableType]:
     why = [Text(words[event["event"]].format(**event), style="dim") for event in found["why"]]
     verdict = "balanced: every row once" if found["balanced"] else "not balanced"
     explained = Text(
-        "away: of rounds that went on without the region. again: of rounds that were lost with a worker, and trained once more."
+        "away: of rounds that went on without the region; discarded: of rounds that ended in a NaN or an infinity; "
+        "again: of rounds that were lost with a worker, trained once more"
     )
     return [sums, *odd, *why, explained, Text(verdict, style="green" if found["balanced"] else "red")]
 

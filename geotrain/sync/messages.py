@@ -94,6 +94,8 @@ class StepDone:
     now: float
     steps: int = 1
     """Never more than the machine's `run_length`."""
+    void: bool = False
+    """The round that this ends went wrong: its rows are not to count."""
 
 
 @dataclass(frozen=True, slots=True)

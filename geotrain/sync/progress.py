@@ -69,7 +69,7 @@ class Progress:
     def count(self, event: StepDone) -> None:
         assert not self.held, f"{self.region} stepped while held in round {self.round}"
         self.steps += event.steps
-        self.samples += event.samples
+        self.samples = 0 if event.void else self.samples + event.samples
         assert self.steps <= self.quota, (self.region, self.round, self.steps)
 
     def close_round(self, now: float) -> RoundClosed:

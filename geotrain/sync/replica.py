@@ -61,6 +61,9 @@ class Replica(Protocol):
     def new_view(self) -> None:
         """The regions that are in have changed."""
 
+    def void(self) -> None:
+        """The round went wrong: be where it began."""
+
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must keep, beside the parameters."""
 
@@ -233,6 +236,13 @@ class MergeReplica:
             self.integral.clear()
             self._forget()
 
+    def void(self) -> None:
+        """With fragments that are synchronized in turn, where each was synchronized last."""
+        self._to_local(self.theta)
+        for number in range(len(self.fragments)):
+            if self._ahead(number):
+                self._begin(number)
+
     def _to_local(self, vector: Tensor) -> None:
         with torch.no_grad():
             self.local.copy_(vector)
@@ -290,10 +300,13 @@ class DeltaReplica:
     regions: int
     anchor: Tensor = field(init=False)
     """The parameters as the others know them: initial + own pushed + received."""
+    buffers: Tensor = field(init=False)
+    """As they were at the last push."""
     feedback: Feedback = field(init=False)
 
     def __post_init__(self) -> None:
         self.anchor = self.local.detach()[: self.parameters].clone()
+        self.buffers = self.local.detach()[self.parameters :].clone()
         self.feedback = self.coding.up()
 
     @property
@@ -307,6 +320,7 @@ class DeltaReplica:
         with torch.no_grad():
             delta = self.local[:n] - self.anchor
             self.anchor.copy_(self.local[:n])
+            self.buffers.copy_(self.local[n:])
         own = delta.clone() if self.produce_moves else None
         sums = self.feedback.encode(delta.cpu())
         if own is not None:
@@ -349,6 +363,11 @@ class DeltaReplica:
 
     def new_view(self) -> None: ...
 
+    def void(self) -> None:
+        with torch.no_grad():
+            self.local[: self.parameters].copy_(self.anchor)
+            self.local[self.parameters :].copy_(self.buffers)
+
     def state(self) -> dict[str, Tensor]:
         return {"anchor": self.anchor} | {f"up.{name}": tensor for name, tensor in self.feedback.state().items()}
 
@@ -363,9 +382,15 @@ class MixReplica:
 
     local: Tensor
     coding: Coding
+    good: Tensor = field(init=False)
+    """As it was at the last push: nothing else remembers it."""
     produce_moves: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        self.good = self.local.detach().clone()
+
     def produce(self, update: Update) -> Payload:
+        self.good.copy_(self.local.detach())
         return encode_whole(self.local) if update.kind is Kind.REPLICA else self.coding.codec.encode(self.local.detach().cpu())
 
     def merge(self, update: Update, parts: Sequence[tuple[Update, Payload]]) -> tuple[Payload, dict[str, str]]:
@@ -390,6 +415,10 @@ class MixReplica:
         raise AssertionError("a push strategy's views begin with a full merge")
 
     def new_view(self) -> None: ...
+
+    def void(self) -> None:
+        with torch.no_grad():
+            self.local.copy_(self.good)
 
     def state(self) -> dict[str, Tensor]:
         return {}

@@ -32,8 +32,9 @@ from geotrain.errors import (
 )
 from geotrain.job import JobSpec, parse_job
 from geotrain.report.folder import RunFolder
+from geotrain.report.ledger import ledger
 from geotrain.run import Run
-from tests.making import job_tree, points_job, write_points
+from tests.making import conduct, job_tree, points_job, write_points
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ def test_a_model_that_differs_between_regions(addresses: dict[str, str], tmp_pat
 
 
 def test_a_nan_in_the_data_stops_before_anything_leaves_the_region(addresses: dict[str, str], tmp_path: Path) -> None:
-    tree = on(addresses, tmp_path, schedule={"segment_rounds": 5})
+    tree = on(addresses, tmp_path, schedule={"segment_rounds": 5}, elastic={"bad_rounds": 1})
     shutil.rmtree(tmp_path / "south/train")
     write_points(tmp_path / "south/train", 200, nan_at=199)
     with pytest.raises(NonFiniteLoss, match="region south: the loss or the parameters became NaN") as caught:
@@ -143,6 +144,21 @@ def test_a_nan_in_the_data_stops_before_anything_leaves_the_region(addresses: di
         for part in manifest.parts:
             tensors, _ = checkpoint.read_part(part)
             assert all(bool(tensor.isfinite().all()) for tensor in tensors.values()), "the checkpoint is intact"
+
+
+def test_a_round_with_a_nan_is_void_and_the_run_goes_on(addresses: dict[str, str], tmp_path: Path) -> None:
+    tree = on(addresses, tmp_path)
+    shutil.rmtree(tmp_path / "south/train")
+    write_points(tmp_path / "south/train", 200, nan_at=199)
+    run = Run.start(parse_job(tree))
+    summary = conduct(run)
+    void = [event for event in run.folder.lines("events.jsonl") if event["event"] == "void_round"]
+    assert [event["region"] for event in void] == ["south"] * 4, "once an epoch"
+    found = ledger(run.folder)
+    assert found["balanced"]
+    assert sum(row["discarded"] for row in found["regions"] if row["region"] == "south") == 4 * 20
+    assert all(row["discarded"] == 0 for row in found["regions"] if row["region"] == "north")
+    assert summary["metrics"]["mse"] < 2.0
 
 
 def test_a_cluster_that_cannot_be_reached(addresses: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

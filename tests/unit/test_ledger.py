@@ -72,3 +72,8 @@ def test_another_number_of_workers_takes_what_is_left() -> None:
 def test_steps_owed_from_the_epoch_before_belong_to_it() -> None:
     found = account(GROUPS, [Seating(cursor(), 0, [RoundOfRows(0, 0, 7, 7), RoundOfRows(1, 1, 5, 8)])], **SETTINGS)
     assert sums(found) == [(100, 0, 0, 0), (50, 0, 50, 0)]
+
+
+def test_a_round_that_ended_in_a_nan_is_discarded() -> None:
+    found = account(GROUPS, [Seating(cursor(), 0, [RoundOfRows(0, 0, 5, 5, void=True), RoundOfRows(1, 0, 10, 5)])], **SETTINGS)
+    assert [(one.counted, one.discarded, one.never) for one in found] == [(50, 50, 0)]

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,26 @@ def test_nothing_of_a_round_that_went_wrong_leaves_the_region(strategy: Merging 
     with pytest.raises(FloatingPointError):
         server.step_done(3, torch.tensor(math.nan if sick == "loss" else 0.5))
     assert not world._calendar
+
+
+STRATEGIES = [Merging(every=2), Merging(every=2, tau=None), Pushing("delta", 2, 1), Pushing("parameters", 2, 1)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=["merge", "delayed", "push", "mix"])
+def test_a_round_that_went_wrong_is_void_and_the_next_begins_where_it_began(strategy: Merging | Pushing) -> None:
+    world = begun(strategy)
+    server = world.nodes["lima"].server
+    server.bad_rounds = 2
+    told: list[tuple[str, dict[str, Any]]] = []
+    closed = []
+    server.event, server.report = lambda name, facts: told.append((name, facts)), closed.append
+    before = server.replica.local.clone()
+    server.stepped(3, torch.tensor(0.5))
+    server.replica.local[0] = math.nan
+    server.stepped(3, torch.tensor(0.5))
+    assert told == [("void_round", {"round": 0, "in_a_row": 1})]
+    assert torch.equal(server.replica.local, before)
+    assert [(record.samples, record.steps) for record in closed] == [(0, 2)], "counts for nothing"
 
 
 def test_a_rounds_loss_is_its_mean_by_rows() -> None:
