@@ -141,8 +141,6 @@ class Run:
         for closer in closers:
             closer.join()
         self._threads.shutdown()
-        if self._membership is not None:
-            self._membership.close()
         self.folder.flush()
         self.charge.release()
 
@@ -455,7 +453,10 @@ class Run:
         if self.control.turn.is_set():
             self.control.turn.clear()
             self._replan()
-        return self.round >= self.plan.rounds or self._goal_reached(self.metrics)
+        over = self.round >= self.plan.rounds or self._goal_reached(self.metrics)
+        if not over and (short := self.membership.short_of_workers()):
+            self.in_every_region(self.membership.take_in_workers, self._seat_order, regions=short)
+        return over
 
     def _part_with(self, region: str) -> None:
         """A region leaves in peace: what it learned is in the checkpoint."""

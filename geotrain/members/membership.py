@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from geotrain.checkpoint import Manifest, StoredPart
@@ -48,7 +47,6 @@ class Membership:
         """Of who is in, and where they are."""
         self._seating = threading.Lock()
         """One region comes back at a time."""
-        self._threads = ThreadPoolExecutor(max_workers=len(job.regions), thread_name_prefix="geotrain-tell")
 
     @property
     def present(self) -> tuple[str, ...]:
@@ -117,7 +115,8 @@ class Membership:
                 self._bring_back(region, ticket, make_order)
             if self.roster.over(ticket):
                 return None
-            self.roster.wait_for_quorum(self.control.abort, self.job.elastic.give_up_after_s)
+            if not self.roster.has_ended(region, ticket):  # what has begun is brought to its end, and checkpointed, below the quorum too
+                self.roster.wait_for_quorum(self.control.abort, self.job.elastic.give_up_after_s)
             with self._lock:
                 if region in self.roster.view.regions:
                     return self.roster.view, self.directory
@@ -151,12 +150,38 @@ class Membership:
             self.folder.event("left", region=region)
             self._tell(view)
 
+    def short_of_workers(self) -> list[str]:
+        """Regions that go on with fewer workers than planned, and could have more by now."""
+        found = []
+        for region in self.present:
+            there, planned = len(self.partitions[region].workers), self.plan.region(region).workers
+            if there < planned and self.partitions[region].spare():
+                found.append(region)
+        return found
+
+    def take_in_workers(self, region: str, make_order: MakeOrder) -> None:
+        """Between two segments: workers that came in the place of lost ones get a seat. The region begins the next from its checkpoint."""
+        assert self.manifest is not None
+        self.board.status(region, "taking in a worker")
+        try:
+            self.partitions[region].regroup(self.plan.region(region).workers, 0.0)
+            alone = len(self.present) == 1
+            with self._seating:
+                view = self.roster.begin_again()
+                taken = self._seat(region, make_order, view, self.manifest.part(region), not alone, None)
+                with self._lock:
+                    self._addresses[region] = taken.wan
+                    self._seated(taken)
+                    self._tell(view)
+        except ClusterError as error:
+            self.lost(region, error, self.manifest.round)
+
     def _tell(self, view: View) -> None:
         self.directory = self._directory(view)
         self.folder.event("view", epoch=view.epoch, regions=view.regions, owners=view.owners, quorum=self.roster.quorum)
         self.board.enter(self.stage)
         for region in view.regions:
-            self._threads.submit(self.partitions[region].tell_view, view, self.directory)
+            self.partitions[region].tell_view(view, self.directory)
 
     @property
     def stage(self) -> str:
@@ -216,6 +241,3 @@ class Membership:
     def parts_of_absent(self, there: set[str]) -> list[StoredPart]:
         """What the last manifest has of the others."""
         return [part for part in self.manifest.parts if part.region not in there] if self.manifest else []
-
-    def close(self) -> None:
-        self._threads.shutdown()

@@ -78,6 +78,10 @@ class Roster:
                 self._changed.wait(POLL_S)
             return self._over >= ticket
 
+    def has_ended(self, region: str, ticket: int) -> bool:
+        """Whether a region ended this segment, in whatever view."""
+        return self._ended.get(region, (0, 0))[0] == ticket
+
     def over(self, ticket: int) -> bool:
         """Whether all that are in have ended this segment."""
         return self._over >= ticket

@@ -97,6 +97,13 @@ class Partition:
         self.workers = found[:workers]
         return len(self.workers)
 
+    def spare(self) -> bool:
+        """Whether the cluster has a worker without a seat."""
+        try:
+            return len(self._usable()) > len(self.workers)
+        except (OSError, TimeoutError, RuntimeError):
+            return False
+
     def _usable(self) -> list[str]:
         return [worker for worker in self.cluster.workers() if worker not in self._hung]
 
