@@ -49,8 +49,7 @@ def figures() -> str:
         "Pushes (`asgd`, `asgd_ga`, asynchronous `ma`) were measured with `max_staleness: 8`, not with the default of 2.",
     ]
     lines += [*predictions(newest("prediction")), *core(newest("core")), *scale(newest("scale"))]
-    if list(RESULTS.glob("wan-*.json")):
-        lines += wan(newest("wan"))
+    lines += [*wan(newest("wan")), *recovery(newest("recovery"))]
     return "\n".join(lines) + "\n"
 
 
@@ -108,6 +107,19 @@ def wan(found: dict[str, Any]) -> list[str]:
             lines.append(f"45 MB over 100 Mbit/s and 30 ms, {name}: {speed} of the speed without limits (H = {case['every']}).")
         if "steps beside / alone" in case:
             lines.append(f"Steps that only compute, beside updates both ways: {range_of(case['steps beside / alone'])} of those without.")
+    return lines
+
+
+def recovery(found: dict[str, Any]) -> list[str]:
+    """What a fault costs."""
+    lines = [
+        "",
+        "| digits, three regions, one of them hit | noticed after, s | the others stand still, s | back after, s |",
+        "|---|---|---|---|",
+    ]
+    for name, case in found["results"].items():
+        seconds = [range_of(case[what], 1) for what in ("noticed_s", "others_wait_s", "back_s")]
+        lines.append(f"| {name} | {' | '.join(seconds)} |")
     return lines
 
 

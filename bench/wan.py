@@ -334,7 +334,7 @@ HIDDEN: dict[str, dict[str, Any]] = {
 
 
 def hidden(sync: dict[str, Any], rounds: int = 6) -> dict[str, Any]:
-    """Samples per second from the first round to the last, 45 MB over 100 Mbit/s and 30 ms against a link without limits."""
+    """Samples per second from the first round to the last, 45 MB over 100 Mbit/s and 30 ms against a link without limits, with the same H."""
     speeds: dict[str, list[float]] = {"limited": [], "unlimited": []}
     every = 0
     for which, rate, rtt in (("limited", "100mbit", "30ms"), ("unlimited", "unlimited", "0ms")) * 2:
@@ -348,6 +348,7 @@ def hidden(sync: dict[str, Any], rounds: int = 6) -> dict[str, Any]:
             plan = json.loads(Path(summary["folder"], "plan.json").read_text())
             records = [json.loads(line) for line in Path(summary["folder"], "rounds.jsonl").read_text().splitlines()]
         every = plan["chosen"]["every"]
+        sync = {**sync, "every": every}
         mine = sorted((record["round"], record["at"], record["samples"]) for record in records if record["region"] == names[0])
         speeds[which].append(sum(samples for _, _, samples in mine[1:-1]) / (mine[-2][1] - mine[0][1]))
     ratios = [one / other for one, other in zip(speeds["limited"], speeds["unlimited"], strict=True)]

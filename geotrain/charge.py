@@ -17,10 +17,10 @@ import psutil
 from geotrain.errors import NotRunning, OutputUnwritable, RunTaken
 from geotrain.stores import STORE_ERRORS, create_whole, open_url, write_whole
 
-BEAT_S = 1.0
+BEAT_S = 2.0
 """Between two looks at the requests."""
-RENEW_S = 3.0
-LEASE_S = 15.0
+RENEW_S = 4.0
+LEASE_S = 20.0
 """A holder that renewed nothing for so long, as seen by who wants the lease, is gone: no two clocks are compared."""
 
 
