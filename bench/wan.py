@@ -334,7 +334,7 @@ HIDDEN: dict[str, dict[str, Any]] = {
 
 
 def hidden(sync: dict[str, Any], rounds: int = 6) -> dict[str, Any]:
-    """Samples per second from the first round to the last, 45 MB over 100 Mbit/s and 30 ms against a link without limits, with the same H."""
+    """Samples per second from the first round to the last, 45 MB over 100 Mbit/s, 30 ms against a link without limits, with one H."""
     speeds: dict[str, list[float]] = {"limited": [], "unlimited": []}
     every = 0
     for which, rate, rtt in (("limited", "100mbit", "30ms"), ("unlimited", "unlimited", "0ms")) * 2:

@@ -81,8 +81,8 @@ class Charge:
             number, content = self.newest()
         except STORE_ERRORS as error:
             raise OutputUnwritable("the flow", self.path, str(error) or type(error).__name__) from error
-        if number > self.number and content is not None:
-            raise RunTaken(self.run, _words(content["holder"]))
+        if number > self.number:
+            raise RunTaken(self.run, _words(content["holder"]) if content else "another process")
 
     def release(self) -> None:
         """Another process may begin at once."""
@@ -121,7 +121,11 @@ class Charge:
         names = sorted(self.fs.glob(f"{self.path}/lease/*.json"))
         if not names:
             return 0, None
-        return int(names[-1].rsplit("/", 1)[-1].removesuffix(".json")), json.loads(self.fs.cat_file(names[-1]))
+        number, content = int(names[-1].rsplit("/", 1)[-1].removesuffix(".json")), self.fs.cat_file(names[-1])
+        try:
+            return number, json.loads(content)
+        except ValueError:
+            return number, None  # of somebody who could not write it
 
     def _requests(self) -> list[str]:
         self.fs.invalidate_cache(f"{self.path}/requests")

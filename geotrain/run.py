@@ -20,6 +20,7 @@ from geotrain.errors import BadCheckpoint, ClusterError, Diverged, GeotrainError
 from geotrain.job import JobSpec, RegionSpec
 from geotrain.members.late import commit_late
 from geotrain.members.membership import Membership
+from geotrain.members.tally import Tally
 from geotrain.metrics import add_sums, means
 from geotrain.partition.orders import Place, Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder
 from geotrain.partition.partition import Control, Partition
@@ -70,6 +71,8 @@ class Run:
         self._clusters: dict[str, Future[RegionCluster]] = {}
         self._threads = ThreadPoolExecutor(max_workers=len(job.regions), thread_name_prefix="geotrain-open")
         self._ticket = 1
+        self._lives: dict[str, int] = {}
+        """Of the seats whose traffic is counted."""
         self._spoilt: set[str] = set()
         """Regions that came back in this segment from rounds that ended in a NaN."""
         self.watch = LinkWatch(job)
@@ -133,6 +136,12 @@ class Run:
         if self._closed:
             return
         self._closed = True
+        try:
+            self._end(error)
+        finally:
+            self.charge.release()
+
+    def _end(self, error: BaseException | None) -> None:
         if error is not None:
             self._note_end(error)
         closers = [threading.Thread(target=self._close, args=(name,)) for name in self._clusters]
@@ -142,7 +151,6 @@ class Run:
             closer.join()
         self._threads.shutdown()
         self.folder.flush()
-        self.charge.release()
 
     def _asked(self, what: str) -> None:
         """What the command line, or the loss of the lease, wants of this process."""
@@ -197,6 +205,7 @@ class Run:
             return
         if region in self.partitions:
             self.partitions[region].leave()
+            cluster = self.partitions[region].cluster  # it may have been opened again
         cluster.close()
 
     def _heard(self, region: str, message: Mapping[str, Any]) -> None:
@@ -204,7 +213,7 @@ class Run:
         for record in message.get("rounds", ()):
             self.folder.round(record)
         if self._membership is not None:
-            self._membership.tally.heard(region, message.get("rounds", ()), message.get("settled", {}))
+            self._membership.heard(region, message)
         for change in self.watch.heard(region, message.get("links", {})):
             self.folder.event("link_changed", region=region, **change)
             if getattr(self.job.sync, "every", None) == "auto" and self.training:
@@ -280,7 +289,8 @@ class Run:
         self.board.status(region, "building the model")
         view, part = self.membership.roster.view, self.resumed.part(region) if self.resumed else None
         late = self.resumed is not None and (part is None or part.round != self.round)
-        taken = partition.take_seats(lambda rank, world, at: self._seat_order(region, rank, world, at, view, part, late, None))
+        place = Tally.of(self.folder, self.round).place(region) if late else None
+        taken = partition.take_seats(lambda rank, world, at: self._seat_order(region, rank, world, at, view, part, late, place))
         self.board.status(region, "ready")
         return taken
 
@@ -399,12 +409,16 @@ class Run:
         while (now := self.membership.enter(region, ticket, self._seat_order)) is not None:
             view, directory = now
             self.board.status(region, "running")
-            order = SegmentOrder(segment, ticket, until, self.plan.change_at(self.round), view, directory, self.folder.url)
+            order = SegmentOrder(segment, ticket, until, self.plan.change_at(self.round), view, directory, self.round, self.folder.url)
             try:
                 done = self.partitions[region].train(order, self.plan.hangs_after_s(region))
             except ClusterError as error:
                 self.membership.lost(region, error, self.round)
                 continue
+            except Stopped:
+                if self.control.abort.is_set() or region in self.present:
+                    raise
+                continue  # it was told to begin again
             except NonFiniteLoss as error:
                 if region in self._spoilt:
                     raise
@@ -426,7 +440,13 @@ class Run:
             raise Diverged(max(rounds), hashes)
         self.round = rounds.pop()
         for part in done:
+            if self._lives.get(part.region) != part.life:
+                self.traffic.pop(part.region, None)  # another seat counts from nothing
+                self._lives[part.region] = part.life
             self._add_up(part.region, part.traffic, samples=part.samples, seconds=part.seconds, held_s=part.held_s)
+        for region, samples in self.membership.made_up.items():
+            self._add_up(region, self.traffic.get(region, {}), samples=samples, seconds=0.0, held_s=0.0)
+        self.membership.made_up.clear()
         self.metrics = means(add_sums([part.metrics for part in sorted(done, key=lambda part: part.region)]))
         self.board.metrics = self.metrics
         manifest = Manifest(
@@ -461,14 +481,14 @@ class Run:
     def _part_with(self, region: str) -> None:
         """A region leaves in peace: what it learned is in the checkpoint."""
         self.leaving.discard(region)
-        if len(self.regions) == 1:
-            self.folder.event("stays", region=region, why="it is the last region")
+        if self.present == (region,):
+            self.folder.event("stays", region=region, why="no other region is there")
             return
         self.left.add(region)
         self.membership.part_with(region)
         self.board.status(region, "left")
         self.partitions[region].leave()
-        self._clusters[region].result().close()
+        self.partitions[region].cluster.close()
 
     def _replan(self) -> None:
         """H for the links as they were measured: after the manifest, which an older plan must not contradict."""

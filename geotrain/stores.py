@@ -1,5 +1,8 @@
 """What an object store raises when it cannot be used, whichever library speaks to it."""
 
+import os
+import threading
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -29,8 +32,12 @@ def create_whole(fs: Any, path: str, content: bytes) -> bool:
     try:
         if is_local(fs):
             fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-            with fs.open(path, "xb") as file:
-                file.write(content)
+            draft = Path(f"{path}.{os.getpid()}.{threading.get_ident()}.tmp")
+            try:
+                draft.write_bytes(content)
+                Path(path).hardlink_to(draft)
+            finally:
+                draft.unlink(missing_ok=True)
         else:
             fs.pipe_file(path, content, mode="create")
     except FileExistsError:

@@ -17,7 +17,7 @@ def commit_late(folder: RunFolder, last: Manifest | None, regions: Sequence[str]
     `agree`: the strategy leaves all regions with the same parameters, and that is checked. What was sent over the WAN in that segment
     is in no total.
     """
-    present = [part.region for part in last.parts if part.round == last.round] if last else list(regions)
+    present = [part.region for part in last.parts if part.round == last.round and part.region in regions] if last else list(regions)
     fs, path = open_url(join(folder.url, "checkpoints"))
     folders = sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False)) if fs.exists(path) else []
     for name in reversed(folders):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from geotrain.checkpoint import Manifest, StoredPart
-from geotrain.errors import BadCheckpoint, ClusterError, GeotrainError, ModelMismatch, Stopped
+from geotrain.errors import BadCheckpoint, ClusterError, ClusterUnreachable, GeotrainError, ModelMismatch, Stopped
 from geotrain.job import JobSpec
 from geotrain.members.roster import Roster
 from geotrain.members.tally import Tally
@@ -36,6 +36,8 @@ class Membership:
         self.roster = Roster(control.run, view, job.quorum_of(len(view.regions)))
         self.tally = Tally()
         self.directory = Directory({}, {})
+        self.made_up: dict[str, int] = {}
+        """Rows of seats that were lost in this segment, in rounds that the others hold."""
         self.manifest: Manifest | None = None
         """The last that was committed."""
         self._addresses: dict[str, dict[str, str]] = {}
@@ -43,10 +45,17 @@ class Membership:
         self._first: SeatTaken | None = None
         """Whose model all others must have."""
         self._belong = set(view.regions)
+        self._behind: set[str] = set()
+        """Regions that came in and have not shown yet that they were brought up to date."""
         self._lock = threading.RLock()
         """Of who is in, and where they are."""
         self._seating = threading.Lock()
         """One region comes back at a time."""
+
+    @property
+    def begin(self) -> int:
+        """The round at which the segment began."""
+        return self.manifest.round if self.manifest else 0
 
     @property
     def present(self) -> tuple[str, ...]:
@@ -73,6 +82,7 @@ class Membership:
             self._seated(seat)
         if self.manifest is not None and any((part := self.manifest.part(name)) is None or part.round != round for name in names):
             self.roster.begin_again()
+        self.folder.flush()
 
     def _check_same_model(self, first: SeatTaken, other: SeatTaken, *, values: bool) -> None:
         compared = [("shape", first.fingerprint, other.fingerprint), *([("initial values", first.hashes, other.hashes)] if values else [])]
@@ -121,8 +131,15 @@ class Membership:
                 if region in self.roster.view.regions:
                     return self.roster.view, self.directory
 
+    def heard(self, region: str, message: Mapping[str, Any]) -> None:
+        """What a leader told."""
+        if rounds := message.get("rounds", ()):
+            self._behind.discard(region)
+        self.tally.heard(region, rounds, message.get("settled", {}))
+
     def end(self, region: str, ticket: int, view: View) -> bool:
         """At a segment's end; False: the view has changed, and the region must enter again."""
+        self._behind.discard(region)
         return self.roster.end(region, ticket, view.epoch, self.control.abort)
 
     def lost(self, region: str, error: GeotrainError, round: int) -> None:
@@ -131,7 +148,15 @@ class Membership:
         with self._lock:
             view = self.roster.lose(region)
             self._addresses.pop(region, None)
+            self._behind.discard(region)
             self.folder.event("lost", region=region, message=error.message)
+            if set(view.regions) <= self._behind:  # nobody is left who could bring them up to date
+                for other in view.regions:
+                    self._behind.discard(other)
+                    self._addresses.pop(other, None)
+                    self.folder.event("lost", region=other, message=f"{region} was to bring it up to date")
+                    self.partitions[other].tell_abort()
+                    view = self.roster.lose(other)
             self._tell(view)
             if not view.regions:
                 self.tally.back_to(round)
@@ -193,22 +218,31 @@ class Membership:
 
     def _bring_back(self, region: str, ticket: int, make_order: MakeOrder) -> None:
         """Again and again until it has a seat, or the others have ended the segment. Raises QuorumLost, Stopped."""
+        unreachable = False
         while not self.roster.over(ticket):
             if self.control.abort.is_set():
                 raise Stopped(self.control.run)
             self.roster.check_quorum(self.job.elastic.give_up_after_s)
             self.board.status(region, "waiting for a worker")
             try:
+                if unreachable:
+                    self.partitions[region].reopen()
+                    unreachable = False
                 self.partitions[region].regroup(self.plan.region(region).workers, REPLACED_S)
                 self.board.status(region, "building the model")
-                if self._take_seat_again(region, make_order):
+                if self._take_seat_again(region, ticket, make_order):
                     return
             except ClusterError as error:
                 self.board.status(region, f"lost: {error.message}")
+                unreachable = isinstance(error, ClusterUnreachable)
+                self.partitions[region].abandon()
             self.control.abort.wait(AGAIN_S)
 
-    def _take_seat_again(self, region: str, make_order: MakeOrder) -> bool:
-        """Seat a region's workers and take it in. With nobody else in, it goes on from the last checkpoint, if it was there."""
+    def _take_seat_again(self, region: str, ticket: int, make_order: MakeOrder) -> bool:
+        """Seat a region's workers and take it in, unless the segment is over by then, or those are gone who could bring it up to date.
+
+        With nobody else in, it goes on from the last checkpoint, if it was there.
+        """
         with self._seating:
             alone, part = not self.present, self.manifest.part(region) if self.manifest else None
             if alone and self.manifest is not None and (part is None or part.round != self.manifest.round):
@@ -225,8 +259,14 @@ class Membership:
             if self._first is not None:
                 self._check_same_model(self._first, taken, values=False)
             with self._lock:
-                self._addresses[region] = taken.wan
-                view = self.roster.admit(region)
+                if not alone and not self.present:
+                    return False
+                if (admitted := self.roster.admit(region, ticket)) is None:
+                    return False
+                self.made_up[region] = self.made_up.get(region, 0) + self.tally.samples_held(region, self.begin)
+                self._addresses[region], view = taken.wan, admitted
+                if not alone:
+                    self._behind.add(region)
                 self._seated(taken)
                 self.folder.event("back", region=region)
                 self._tell(view)

@@ -26,7 +26,7 @@ class Roster:
         self._over = 0
         """The ticket of the last segment that all ended."""
         self._below_since = 0.0
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.RLock())
 
     @property
     def enough(self) -> bool:
@@ -40,9 +40,10 @@ class Roster:
         """What `admit` would say now."""
         return self._view([*self.view.regions, region])
 
-    def admit(self, region: str) -> View:
-        """It is ready: the view with it."""
-        return self._change([*self.view.regions, region])
+    def admit(self, region: str, ticket: int) -> View | None:
+        """It is ready: the view with it; None when the segment is over, whose others would not hear of it."""
+        with self._changed:
+            return None if self.over(ticket) else self._change([*self.view.regions, region])
 
     def begin_again(self) -> View:
         """A view of the same regions: one of them has to be brought up to date by the others."""

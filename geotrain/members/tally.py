@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from geotrain.partition.orders import Place
+from geotrain.report.folder import RunFolder
 
 KEPT = 1000
 """Rounds of a region that are remembered; the others hold all but the last few."""
@@ -18,8 +19,8 @@ class _Standing:
     """Of its book of leases, when its seat was taken."""
     round: int
     """The first round of that seat."""
-    closed: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """Round of that seat -> (epoch, inner steps made of it) after it."""
+    closed: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    """Round of that seat -> (epoch, inner steps made of it after the round, rows of the round)."""
 
 
 class Tally:
@@ -37,7 +38,7 @@ class Tally:
     def heard(self, region: str, rounds: Sequence[Mapping[str, Any]], settled: Mapping[str, int]) -> None:
         """What a leader told. Of its own rounds only the others' word counts: theirs is what it will be given."""
         if (standing := self._standing.get(region)) is not None:
-            standing.closed.update({record["round"]: (record["epoch"], record["done"]) for record in rounds})
+            standing.closed.update({record["round"]: (record["epoch"], record["done"], record["samples"]) for record in rounds})
             for old in sorted(standing.closed)[:-KEPT]:
                 del standing.closed[old]
         for other, first in settled.items():
@@ -51,7 +52,26 @@ class Tally:
         held = [round for round in standing.closed if round < self._settled.get(region, 0)]
         if not held:
             return Place(standing.cursor, standing.round)
-        return Place(standing.cursor, max(held) + 1, standing.closed[max(held)])
+        return Place(standing.cursor, max(held) + 1, standing.closed[max(held)][:2])
+
+    def samples_held(self, region: str, since: int) -> int:
+        """Rows of its last seat, from a round on, that another region holds."""
+        standing, settled = self._standing.get(region), self._settled.get(region, 0)
+        return sum(rows for round, (_, _, rows) in standing.closed.items() if since <= round < settled) if standing else 0
+
+    @classmethod
+    def of(cls, folder: RunFolder, round: int) -> "Tally":
+        """As it was when the checkpoint before a round was made."""
+        tally = cls()
+        seats = {event["region"]: event for event in folder.lines("events.jsonl") if event["event"] == "seated"}
+        for region, seat in seats.items():
+            tally.seated(region, seat["cursor"], seat["round"])
+        for record in folder.lines("rounds.jsonl"):
+            region = record["region"]
+            rounds = [record] if seats[region]["life"] == record["life"] else []
+            settled = record.get("settled", {}) if record["round"] < round else {}
+            tally.heard(region, rounds, {other: min(first, round) for other, first in settled.items()})
+        return tally
 
     def back_to(self, round: int) -> None:
         """The run goes on from a checkpoint: what came later is void."""

@@ -105,6 +105,8 @@ class SegmentOrder:
     """The change of H that holds in it."""
     view: View
     directory: Directory
+    first: int
+    """The round at which it began."""
     run_url: str
     """The run folder, for this region's part of the checkpoint."""
 

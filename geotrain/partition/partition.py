@@ -10,7 +10,7 @@ from typing import Any
 
 from distributed import Client, Future
 
-from geotrain.clusters import RegionCluster
+from geotrain.clusters import RegionCluster, open_cluster
 from geotrain.data.inventory import Inventory
 from geotrain.errors import ClusterTooSmall, ClusterUnreachable, GeotrainError, Stopped, TaskFailed, WorkerHangs, WorkerLost
 from geotrain.job import JobSpec
@@ -22,6 +22,9 @@ POLL_S = 0.1
 WORKERS_CHECK_S = 2.0
 SETTLE_S = 5.0
 """After a failure, how long the region's other workers get to say what happened to them."""
+
+CLIENT_ERRORS = (OSError, TimeoutError, ValueError, RuntimeError, AttributeError, CancelledError)
+"""What a Dask client raises that has lost its scheduler; AttributeError, since it then has none."""
 
 Listener = Callable[[str, dict[str, Any]], None]
 """Called with (region, message) for all that a partition reports while it trains."""
@@ -51,16 +54,33 @@ class Partition:
         """When the leader last said that it makes steps, or why it makes none; None: it does something else."""
         self._ticket: int | None = None
         """Of the segment under way that may still be asked to end early."""
-        self.client.subscribe_topic(topic(control.run, region), self._heard)
+        self._listen()
 
     @property
     def client(self) -> Client:
         return self.cluster.client
 
     def _heard(self, event: tuple[float, dict[str, Any]]) -> None:
-        if "rounds" in event[1]:
-            self._sign_at = None if event[1].get("closing") else time.monotonic()
+        if event[1].get("closing"):
+            self._sign_at = None
+        elif event[1].get("rounds") or (self._sign_at is not None and "rounds" in event[1]):  # the first round has what is slow once
+            self._sign_at = time.monotonic()
         self._listener(self.region, event[1])
+
+    def _listen(self) -> None:
+        """A scheduler that was begun again knows nothing of who listens."""
+        name = topic(self.control.run, self.region)
+        with suppress(*CLIENT_ERRORS):
+            self.client.unsubscribe_topic(name)
+        self.client.subscribe_topic(name, self._heard)
+
+    def reopen(self) -> None:
+        """Reach the cluster anew, after its scheduler was lost. Raises ClusterError."""
+        with suppress(*CLIENT_ERRORS):
+            self.cluster.close()
+        self.cluster = open_cluster(self.job.region(self.region))
+        self._listen()
+        self.cluster.ship(self.job.code)
 
     def survey(self) -> tuple[Inventory, Inventory | None]:
         """Training and held-out inventory, read by one worker. Raises DataError, TaskImportError, ClusterError."""
@@ -90,18 +110,19 @@ class Partition:
         try:
             while len(found := self._usable()) < workers and time.monotonic() < until:
                 time.sleep(POLL_S)
-        except (OSError, TimeoutError, RuntimeError) as error:
+        except CLIENT_ERRORS as error:
             raise ClusterUnreachable(self.region, str(self.client.scheduler), str(error)) from error
         if not found:
             raise ClusterTooSmall(self.region, workers, 0, patience_s)
         self.workers = found[:workers]
+        self._listen()
         return len(self.workers)
 
     def spare(self) -> bool:
         """Whether the cluster has a worker without a seat."""
         try:
             return len(self._usable()) > len(self.workers)
-        except (OSError, TimeoutError, RuntimeError):
+        except CLIENT_ERRORS:
             return False
 
     def _usable(self) -> list[str]:
@@ -128,6 +149,10 @@ class Partition:
         done: SegmentDone = self._await(futures, f"segment {order.number}", hangs_after_s=hangs_after_s)[0]
         return done
 
+    def tell_abort(self) -> None:
+        """To end what they do at once."""
+        self._tell("abort")
+
     def tell_view(self, view: View, directory: Directory) -> None:
         """Who is in from now on, said to a leader that trains. One that is lost is noticed elsewhere."""
         self._tell("tell_view", view, directory)
@@ -136,7 +161,7 @@ class Partition:
         """Said beside whatever the workers do, and not waited for: one that hangs does not listen."""
 
         def say() -> None:
-            with suppress(OSError, TimeoutError, ValueError, RuntimeError, CancelledError):
+            with suppress(*CLIENT_ERRORS):
                 self.client.run(on_worker, name, self.control.run, self.region, *args, workers=list(self.workers), on_error="ignore")
 
         threading.Thread(target=say, name=f"geotrain-tell-{self.region}", daemon=True).start()
@@ -170,13 +195,13 @@ class Partition:
         if lasts and self.workers:
             try:
                 self.client.run(on_worker, "leave", self.control.run, self.region, workers=self.workers, on_error="ignore")
-            except (OSError, TimeoutError):
+            except CLIENT_ERRORS:
                 return
 
     def abandon(self) -> None:
         """After a loss: the region's other workers end what they do. One that does not is ended, or else not used again."""
         self._tell("abort")
-        with suppress(OSError, TimeoutError, ValueError, RuntimeError, CancelledError):
+        with suppress(*CLIENT_ERRORS):
             answers = {worker: self._submit(worker, "here") for worker in self._usable() if worker in self.workers}
             until = time.monotonic() + SETTLE_S
             while any(answer.status == "pending" for answer in answers.values()) and time.monotonic() < until:
@@ -222,13 +247,13 @@ class Partition:
     def _cancel(self, futures: Sequence[Future]) -> None:
         try:
             self.client.cancel(list(futures), force=True)
-        except (OSError, TimeoutError, CancelledError):
+        except CLIENT_ERRORS:
             return
 
     def _check_workers(self, futures: Sequence[Future], workers: list[str], doing: str) -> None:
         try:
             there = self.client.nthreads()
-        except (OSError, TimeoutError, RuntimeError) as error:
+        except CLIENT_ERRORS as error:
             raise ClusterUnreachable(self.region, str(self.client.scheduler), f"lost during {doing}: {error}") from error
         for worker in workers:
             if worker not in there:

@@ -157,7 +157,7 @@ class Seat:
                 self._endpoint.renew()
                 if order.pace is not None and not self.server.machine.at.steps:
                     self.server.machine.at.take_pace(pace_since(order.pace, self.trainer.rows.steps_in))
-            self.server.begin(order.until, again=again)
+            self.server.begin(order.until, order.first, again=again)
             self.take_view(order.view, order.directory)
             first = self.server.directive()
         try:

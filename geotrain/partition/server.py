@@ -133,12 +133,12 @@ class ParameterServer:
     _busy_when_held: dict[str, float] = field(default_factory=dict)
     _links_before: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def begin(self, until: int, *, again: bool = False) -> None:
-        """Open a segment that ends before round `until`; or open it again, in another view."""
+    def begin(self, until: int, first: int | None = None, *, again: bool = False) -> None:
+        """Open a segment that ends before round `until` and began at `first`; or open it again, in another view."""
         if not again:
             self.totals, self._stop_told = Totals(), False
         self._closed_at = None
-        self.handle(SegmentBegins(until, self.clock(), again=again))
+        self.handle(SegmentBegins(until, self.clock(), first, again))
         if self.machine.at.held and not self.machine.at.over:
             self._hold()
 

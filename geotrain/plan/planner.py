@@ -19,7 +19,7 @@ from geotrain.wan.timing import first_patience_s
 TRANSFER_MARGIN = 10.0
 """A peer is given up when it stays unreachable for this many times as long as an update takes, and at least a minute."""
 
-LEAST_HANG_S, HANG_FACTOR = 10.0, 20.0
+LEAST_HANG_S, HANG_FACTOR = 60.0, 20.0
 """A worker hangs when it takes so many times longer than planned for an inner step, and so many seconds more."""
 
 

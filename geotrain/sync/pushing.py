@@ -168,6 +168,9 @@ class PushMachine:
             return out
         at, round, self.full = self.at, self.full.agreed, None
         at.fresh, self.fulls = False, self.fulls + 1
-        at.jump(round)
+        if at.round < round:
+            if at.steps:
+                out = [*out, at.close_round(now)]  # what was learned in it is in the mean
+            at.jump(round)
         self._hear_from(round)
         return [*out, *self._hear_early(now), *self._go_on(now)]

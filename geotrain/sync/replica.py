@@ -343,6 +343,7 @@ class DeltaReplica:
             if update.kind is Kind.AGREED:
                 self.local.copy_(FP32.decode(payload, self.local.numel()))
                 self.anchor.copy_(self.local[:n])
+                self.buffers.copy_(self.local[n:])
                 if not isinstance(self.feedback, MomentumCorrection):
                     self.feedback.load_state({})  # what was not sent yet is in this region's replica, and so in the mean
                 return
@@ -402,6 +403,7 @@ class MixReplica:
         with torch.no_grad():
             if update.kind is Kind.AGREED:
                 self.local.copy_(other)
+                self.good.copy_(other)
             else:
                 self.local.lerp_(other, weight)
 
