@@ -61,6 +61,8 @@ def _conduct(this: Any, shape: Format, flow: Callable[[], Any]) -> None:
             raise
         raise Stopped(this.id) from None
     if state.is_cancelled():
+        if checkpoint.latest(this.folder.url) is None:
+            raise KeyboardInterrupt  # there is nothing to resume
         raise Stopped(this.id)
     if not state.is_completed():
         error = state.result(raise_on_failure=False)
@@ -93,12 +95,12 @@ def stop(
         ask(folder.url, "force" if force else "stop")
         with people.status(f"asked {folder.run} to {'end at once' if force else 'drain and end'}"):
             wait_for_end(folder.run, folder.url)
-        status = state_of(folder)["status"]
+        state = state_of(folder)
         if shape is Format.json:
-            envelope("ok", 0, data={"run": folder.run, "status": status})
+            envelope("ok", 0, data={"run": folder.run, "status": state["status"]})
             return
-        answers.print(f"{folder.run} {status}")
-        if status != "completed":
+        answers.print(f"{folder.run} {state['status']}")
+        if state["resumable"]:
             people.print(f"next: geotrain resume {folder.run}", style="cyan")
 
 
