@@ -444,9 +444,8 @@ class Run:
                 self.traffic.pop(part.region, None)  # another seat counts from nothing
                 self._lives[part.region] = part.life
             self._add_up(part.region, part.traffic, samples=part.samples, seconds=part.seconds, held_s=part.held_s)
-        for region, samples in self.membership.made_up.items():
+        for region, samples in self.membership.rows_made_up().items():
             self._add_up(region, self.traffic.get(region, {}), samples=samples, seconds=0.0, held_s=0.0)
-        self.membership.made_up.clear()
         self.metrics = means(add_sums([part.metrics for part in sorted(done, key=lambda part: part.region)]))
         self.board.metrics = self.metrics
         manifest = Manifest(

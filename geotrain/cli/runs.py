@@ -169,7 +169,8 @@ def _show_ledger(folder: RunFolder, shape: Format) -> None:
     else:
         from geotrain.report.live import ledger_tables
 
-        answers.print(*ledger_tables(found))
+        for part in ledger_tables(found):
+            answers.print(part)
     if not found["balanced"]:
         raise SystemExit(1)
 

@@ -36,8 +36,10 @@ class Membership:
         self.roster = Roster(control.run, view, job.quorum_of(len(view.regions)))
         self.tally = Tally()
         self.directory = Directory({}, {})
-        self.made_up: dict[str, int] = {}
-        """Rows of seats that were lost in this segment, in rounds that the others hold."""
+        self._lost_since: dict[str, int] = {}
+        """Regions of which a seat was lost, and the round at which that segment began: their rows in rounds that the others hold are to
+        be counted still."""
+        self._made_up: dict[str, int] = {}
         self.manifest: Manifest | None = None
         """The last that was committed."""
         self._addresses: dict[str, dict[str, str]] = {}
@@ -51,11 +53,6 @@ class Membership:
         """Of who is in, and where they are."""
         self._seating = threading.Lock()
         """One region comes back at a time."""
-
-    @property
-    def begin(self) -> int:
-        """The round at which the segment began."""
-        return self.manifest.round if self.manifest else 0
 
     @property
     def present(self) -> tuple[str, ...]:
@@ -149,6 +146,7 @@ class Membership:
             view = self.roster.lose(region)
             self._addresses.pop(region, None)
             self._behind.discard(region)
+            self._lost_since.setdefault(region, round)
             self.folder.event("lost", region=region, message=error.message)
             if set(view.regions) <= self._behind:  # nobody is left who could bring them up to date
                 for other in view.regions:
@@ -164,6 +162,17 @@ class Membership:
             elif not self.roster.enough:
                 self.control.turn.set()  # the segment ends early, with a checkpoint
         self.partitions[region].abandon()
+
+    def _make_up(self, region: str) -> None:
+        if (since := self._lost_since.pop(region, None)) is not None:
+            self._made_up[region] = self._made_up.get(region, 0) + self.tally.samples_held(region, since)
+
+    def rows_made_up(self) -> dict[str, int]:
+        """Region -> rows of seats that were lost in this segment, in rounds that the others hold; each is told once."""
+        for region in list(self._lost_since):
+            self._make_up(region)
+        told, self._made_up = self._made_up, {}
+        return told
 
     def part_with(self, region: str) -> None:
         """It leaves for good, between two segments."""
@@ -263,7 +272,7 @@ class Membership:
                     return False
                 if (admitted := self.roster.admit(region, ticket)) is None:
                     return False
-                self.made_up[region] = self.made_up.get(region, 0) + self.tally.samples_held(region, self.begin)
+                self._make_up(region)
                 self._addresses[region], view = taken.wan, admitted
                 if not alone:
                     self._behind.add(region)

@@ -1,5 +1,6 @@
 """The live table in a terminal, and the tables before and after a run."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,13 +58,18 @@ def ledger_tables(found: Mapping[str, Any]) -> list[RenderableType]:
         rows = [row for row in found["regions"] if row["region"] == region]
         totals = [sum(row[name.replace(" ", "_")] for row in rows) for name in names]
         sums.add_row(region, str(len(rows)), str(rows[0]["rows"]), *map(str, totals))
-        for row in rows:
-            parts = [f"{row[name.replace(' ', '_')]} {name}" for name in names[1:] if row[name.replace(" ", "_")] and name != "to come"]
-            if parts:
-                odd.append(Text(f"{region}, epoch {row['epoch']}: {', '.join(parts)}  {_rounds_of(row['rounds_again'])}".rstrip()))
+        told = [
+            (row, [f"{row[n.replace(' ', '_')]} {n}" for n in names[1:] if row[n.replace(" ", "_")] and n != "to come"]) for row in rows
+        ]
+        for same, group in itertools.groupby(told, key=lambda pair: (pair[1], bool(pair[0]["rounds_again"]))):
+            epochs = [row for row, _ in group]
+            if same[0]:
+                which = f"epoch {epochs[0]['epoch']}" + (f" to {epochs[-1]['epoch']}, each" if len(epochs) > 1 else "")
+                again = sorted({round for row in epochs for round in row["rounds_again"]})
+                odd.append(Text(f"{region}, {which}: {', '.join(same[0])}  {_rounds_of(again)}".rstrip()))
     words = {"lost": "{region} was lost: {message}", "rolled_back": "back to round {round}: {why}", "resumed": "resumed at round {round}"}
     why = [Text(words[event["event"]].format(**event), style="dim") for event in found["why"]]
-    verdict = "balanced: every row once" if found["balanced"] else "not balanced"
+    verdict = "balanced: every row once, or why not is said above" if found["balanced"] else "NOT balanced: rows counted twice, or never"
     explained = Text(
         "away: of rounds that went on without the region; discarded: of rounds that ended in a NaN or an infinity; "
         "again: of rounds that were lost with a worker, trained once more"

@@ -104,6 +104,8 @@ def test_a_leader_is_killed_and_comes_back(tmp_path: Path, strategy: str, victim
     found = ledger(run.folder)
     assert {row["region"] for row in found["regions"]} == {"north", "south", "west"}
     assert found["balanced"], found
+    counted = {name: sum(row["once"] for row in found["regions"] if row["region"] == name) for name in ("north", "south", "west")}
+    assert {row["region"]: row["samples"] for row in summary["regions"]} == counted
 
 
 def test_a_worker_that_hangs_is_ended_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
