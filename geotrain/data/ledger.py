@@ -61,7 +61,7 @@ class EpochOfRows:
 
 
 def account(groups: Sequence[RowGroup], seatings: Sequence[Seating], *, seed: int, mix: int, batch_size: int) -> list[EpochOfRows]:
-    """What became of a region's rows. A round counts unless the region's next seat begins at or before it."""
+    """What became of a region's rows. A round counts unless the region's next seat begins at or before it, or the seat took it again."""
     rows = sum(group.rows for group in groups)
     counts: dict[int, NDArray[np.int32]] = {}
     void: dict[int, int] = {}
@@ -73,6 +73,7 @@ def account(groups: Sequence[RowGroup], seatings: Sequence[Seating], *, seed: in
         until = min((later.round for later in seatings[number + 1 :]), default=None)
         taken = _Rows(groups, seating.cursor, seed, mix, batch_size)
         expected, last = seating.round, seating.cursor["epoch"]
+        newest = {record.round: record for record in seating.rounds}
         for record in sorted(seating.rounds, key=lambda record: record.round):
             if record.round > expected:
                 away |= set(range(last, record.epoch + 1))
@@ -81,7 +82,7 @@ def account(groups: Sequence[RowGroup], seatings: Sequence[Seating], *, seed: in
                 counts.setdefault(epoch, np.zeros(rows, dtype=np.int32))
                 if record.void and (until is None or record.round < until):
                     discarded[epoch] = discarded.get(epoch, 0) + positions.size
-                elif until is None or record.round < until:
+                elif record is newest[record.round] and (until is None or record.round < until):
                     np.add.at(counts[epoch], positions, 1)
                 elif positions.size:
                     void[epoch] = void.get(epoch, 0) + positions.size

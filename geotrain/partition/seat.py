@@ -215,7 +215,7 @@ class Seat:
             metrics=self.evaluate(),
             traffic=self._traffic(),
             life=self.order.life,
-            closed=tuple(totals.closed),
+            closed=tuple(totals.closed.values()),
         )
         note = json.dumps(asdict(done)).encode()  # with those of all regions a resumed run can commit what nobody was there to commit
         checkpoint.write_bytes(f"region {self.order.region}", checkpoint.join(folder, f"{self.order.region}.done.json"), note)

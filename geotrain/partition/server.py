@@ -82,8 +82,8 @@ class Totals:
     loss: float = 0.0
     """Summed over rows."""
     held_s: float = 0.0
-    closed: list[tuple[int, int, int, int, int]] = field(default_factory=list)
-    """Rounds: (round, epoch, done, steps, samples)."""
+    closed: dict[int, tuple[int, int, int, int, int]] = field(default_factory=dict)
+    """Round -> (round, epoch, done, steps, samples); of one that was trained twice, since its first time came to nothing, the second."""
 
 
 @contextmanager
@@ -326,11 +326,12 @@ class ParameterServer:
 
     def _close_round(self, closed: RoundClosed) -> None:
         self._count_hold()
-        self.totals.samples += closed.samples
         self.totals.loss += self._round_loss
         mean = self._round_loss / closed.samples if closed.samples else None
         held_s = round(self._round_held_s, 6)
-        self.totals.closed.append((closed.round, closed.epoch, closed.done, closed.steps, closed.samples))
+        _, _, _, _, before = self.totals.closed.get(closed.round, (0, 0, 0, 0, 0))
+        self.totals.samples += closed.samples - before
+        self.totals.closed[closed.round] = (closed.round, closed.epoch, closed.done, closed.steps, closed.samples)
         at, settled = (closed.epoch, closed.done, closed.steps), dict(self.settled)
         self.report(RoundRecord(self.region, closed.round, time.time(), closed.samples, mean, held_s, *at, settled, self._links()))
         now = self.clock()

@@ -73,7 +73,7 @@ class Rows:
         """Be where `done` inner steps of an epoch lead; negative: so many before its begin."""
         self.close()
         self.epoch = epoch if done >= 0 else max(0, epoch - 1)
-        book = self._new_book(self.epoch)
+        book = self.books[self.epoch] if self.epoch in self.books else self._new_book(self.epoch)
         book.seek(done if done >= 0 else max(0, book.steps(self.train.batch_size) + done), self.train.batch_size)
         self.books = {self.epoch: book}
 

@@ -312,7 +312,7 @@ class MergeMachine:
         out: list[Instruction] = [Discard(update, "the view went on from a peer's state") for update in self.mine.values()]
         self.mine.clear()
         self.applied = state.round
-        at.jump(state.round)
+        at.start_over(state.round)
         at.end_before(state.last)
         return [*out, Adopt(state), *self._up_to_date(now)]
 

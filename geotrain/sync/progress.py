@@ -1,9 +1,12 @@
 """What every RoundMachine counts: rounds, inner steps, samples, and whether it may step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from geotrain.sync.messages import Discard, Hold, Instruction, Resume, RoundClosed, SegmentBegins, SegmentOver, StepDone, Update, View
 from geotrain.sync.pace import Pace
+
+KEPT = 8
+"""Rounds of which it is remembered where they began: more than a region can be ahead of what all hold."""
 
 
 @dataclass(slots=True)
@@ -32,6 +35,11 @@ class Progress:
     """The agreed early end, once anybody asked."""
     stop_asked: bool = False
     _quota: int | None = None
+    _began: dict[int, int] = field(default_factory=dict)
+    """`done` at the beginning of the last rounds."""
+
+    def __post_init__(self) -> None:
+        self._began[self.round] = self.done
 
     @property
     def quota(self) -> int:
@@ -85,7 +93,25 @@ class Progress:
             self.done = min(0, self.done - self.pace.steps_in(epoch))
         elif following != epoch:
             self.done = 0
+        self._begin_round(round)
+
+    def _begin_round(self, round: int) -> None:
         self.round, self.steps, self.samples, self._quota = round, 0, 0, None
+        self._began[round] = self.done
+        for old in [known for known in self._began if known < round - KEPT]:
+            del self._began[old]
+
+    def start_over(self, round: int) -> None:
+        """Be at the beginning of a round, without what was learned since: its rows are to be trained on again.
+
+        Of a later round: the steps of the round under way are owed.
+        """
+        self.steps = 0
+        if round <= self.round and round in self._began:
+            self.done = self._began[round]
+            self._begin_round(round)
+        else:
+            self.jump(round)
 
     def hold(self, reason: str) -> list[Instruction]:
         """Say so once."""

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -188,6 +189,54 @@ def test_a_region_that_is_drained_leaves_in_peace(tmp_path: Path) -> None:
     assert found["balanced"], found
     last = {region: max(row["epoch"] for row in found["regions"] if row["region"] == region) for region in ("north", "west")}
     assert last["west"] < last["north"] == EPOCHS - 1
+
+
+class DaskProcesses:
+    """A scheduler and a worker as processes, as an operator runs them; both can be ended and begun again at the same address."""
+
+    def __init__(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.start()
+
+    @property
+    def address(self) -> str:
+        return f"tcp://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": Path(__file__).parents[2]}
+        scheduler = ["distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", str(self.port), "--no-dashboard"]
+        worker = ["distributed.cli.dask_worker", self.address, "--nthreads", "1", "--no-nanny", "--no-dashboard"]
+        for module in (scheduler, worker):
+            self.processes.append(subprocess.Popen([sys.executable, "-m", *module], **quiet))
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        self.processes.clear()
+
+
+@pytest.mark.chaos
+def test_a_regions_scheduler_is_lost_and_begun_again(tmp_path: Path) -> None:
+    theirs = DaskProcesses()
+    try:
+        tree = job_of(tmp_path, "ma").to_dict()
+        tree["regions"][2]["cluster"] = {"kind": "address", "address": theirs.address}
+        run = Run.start(JobSpec.model_validate(tree))
+
+        def strike(run: Run) -> None:
+            theirs.end()
+            time.sleep(3.0)
+            theirs.start()
+
+        conduct(run, in_mid_run(strike))
+        assert {event["region"] for event in events(run, "lost")} == {"west"}
+        assert events(run, "back")
+        assert ledger(run.folder)["balanced"]
+    finally:
+        theirs.end()
 
 
 FLOW = """

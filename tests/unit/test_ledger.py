@@ -41,6 +41,14 @@ def test_rounds_lost_with_a_seat_are_void_and_trained_again() -> None:
     assert [one.again for one in found] == [(), (3,), (4,)]
 
 
+def test_a_round_that_a_seat_took_again_counts_once() -> None:
+    found = account(
+        GROUPS, [Seating(cursor(), 0, [RoundOfRows(0, 0, 5, 5), RoundOfRows(0, 0, 5, 5), RoundOfRows(1, 0, 10, 5)])], **SETTINGS
+    )
+    assert sums(found) == [(100, 0, 0, 50)]
+    assert found[0].again == (0,)
+
+
 def test_a_round_trained_twice_is_found() -> None:
     found = account(GROUPS, [Seating(cursor(), 0, [*rounds(0, 2), RoundOfRows(2, 0, 10, 5)])], **SETTINGS)
     assert sums(found) == [(100, 50, 0, 0)]
