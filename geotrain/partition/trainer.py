@@ -136,9 +136,10 @@ class Trainer:
         while not directive.over:
             if self.server is None:
                 alive()
+            if directive.changed or directive.round != round:
+                self.rows.follow(directive.epoch, directive.done)
             if directive.round != round:
                 round = directive.round
-                self.rows.follow(directive.epoch, directive.done)
                 self.seed_round(round)
             directive = self._step(round)
             if directive.void:
