@@ -20,6 +20,7 @@ from geotrain.sync.messages import View
 
 POLL_S = 0.1
 WORKERS_CHECK_S = 2.0
+TELL_S = 5.0
 SETTLE_S = 5.0
 """After a failure, how long the region's other workers get to say what happened to them."""
 
@@ -50,6 +51,7 @@ class Partition:
         """Addresses of the workers with a seat; the leader's first."""
         self._listener = listener
         self._hung: set[str] = set()
+        self._telling: list[threading.Thread] = []
         self._sign_at: float | None = None
         """When the leader last said that it makes steps, or why it makes none; None: it does something else."""
         self._ticket: int | None = None
@@ -159,12 +161,16 @@ class Partition:
 
     def _tell(self, name: str, *args: Any) -> None:
         """Said beside whatever the workers do, and not waited for: one that hangs does not listen."""
+        words, workers = (name, self.control.run, self.region, *args), list(self.workers)
 
         def say() -> None:
             with suppress(*CLIENT_ERRORS):
-                self.client.run(on_worker, name, self.control.run, self.region, *args, workers=list(self.workers), on_error="ignore")
+                # Client.run, with a time limit: it waits for a worker that hangs as long as that is connected
+                self.client.sync(self.client._run, on_worker, *words, workers=workers, on_error="ignore", callback_timeout=TELL_S)
 
-        threading.Thread(target=say, name=f"geotrain-tell-{self.region}", daemon=True).start()
+        self._telling = [thread for thread in self._telling if thread.is_alive()]
+        self._telling.append(threading.Thread(target=say, name=f"geotrain-tell-{self.region}", daemon=True))
+        self._telling[-1].start()
 
     def evaluate(self) -> dict[str, tuple[float, float]]:
         """Held-out sums and counts. Raises TaskFailed."""
@@ -191,6 +197,8 @@ class Partition:
 
     def leave(self) -> None:
         """Give up the seats, where they outlive the run, or objects in a mailbox do. What cannot be reached has nothing to give up."""
+        for thread in self._telling:
+            thread.join()
         lasts = self.cluster.cluster is None or self.job.mailbox_of(self.region) is not None
         if lasts and self.workers:
             try:
