@@ -49,7 +49,9 @@ def figures() -> str:
         "Pushes (`asgd`, `asgd_ga`, asynchronous `ma`) were measured with `max_staleness: 8`, not with the default of 2.",
     ]
     lines += [*predictions(newest("prediction")), *core(newest("core")), *scale(newest("scale"))]
-    lines += [*wan(newest("wan")), *recovery(newest("recovery"))]
+    lines += wan(newest("wan"))
+    if list(RESULTS.glob("recovery-*.json")):
+        lines += recovery(newest("recovery"))
     return "\n".join(lines) + "\n"
 
 
