@@ -11,7 +11,6 @@ import pytest
 from geotrain import charge
 from geotrain.charge import Charge, ask, wait_for_end
 from geotrain.errors import NotRunning, RunTaken
-from tests.s3 import bucket  # noqa: F401
 
 
 @pytest.fixture(params=["folder", "memory", "s3"])
