@@ -43,9 +43,9 @@ def lasts(child: psutil.Process) -> bool:
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
     """No thread of ours and no child process outlives a test that started it."""
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    before, threads = {child.pid for child in psutil.Process().children(recursive=True)}, set(threading.enumerate())
     yield
-    left = [thread.name for thread in threading.enumerate() if ours(thread)]
+    left = [thread.name for thread in threading.enumerate() if ours(thread) and thread not in threads]
     assert not left, left
     children = [child for child in psutil.Process().children(recursive=True) if child.pid not in before and not lasts(child)]
     _, lasting = psutil.wait_procs(children, timeout=10)

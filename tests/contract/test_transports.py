@@ -540,7 +540,7 @@ def test_a_transfer_goes_on_where_a_connection_broke(cut_after: int, secured: bo
     assert a.drain(20)
     assert b.receive(0.2) is None
     assert proxy.cut
-    assert a.traffic["b"].retries > 0
+    assert a.traffic["b"].retries > 0 or cut_after == 100, "gRPC itself tries again where not even HTTP/2 had begun"
     assert proxy.forwarded < 12_000_000 + 8 * 2**19, "what was under way when it broke, and no more, went twice"
     a.close()
     b.close()
