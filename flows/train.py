@@ -66,6 +66,8 @@ def train_and_publish(run: Run) -> dict[str, Any]:
             break
         if run.control.stop.is_set():
             raise Stopped(run.id)
+        if run.seats_change:
+            run.introduce(run.seats(lambda: each_region(run, provision)))
     run.training = False
     if run.needs_final_merge:
         each_region(run, merge_fully, regions=run.present)

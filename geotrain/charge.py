@@ -1,7 +1,7 @@
 """Being in charge of a run: a lease in its folder, which one process at a time holds, and what others ask of that process.
 
 lease/<number>.json    who holds it. Whoever makes the next number is in charge from then on: a fence that no clock can break.
-requests/stop.json     `geotrain stop` asks for an end.
+requests/<when>.json   what `geotrain stop` and `geotrain region` ask of it; removed when it is heard.
 """
 
 import json
@@ -43,8 +43,8 @@ def gone(holder: dict[str, Any]) -> bool:
 class Charge:
     """Held from `take` to `release`; a thread renews it and hears the requests."""
 
-    def __init__(self, run: str, url: str, asked: Callable[[str], None]) -> None:
-        """`asked`: called with stop, force, or lost when another process has taken the lease."""
+    def __init__(self, run: str, url: str, asked: Callable[[str, dict[str, Any]], None]) -> None:
+        """`asked`: called with stop, force, drain or add, and what else was said; with lost when another process has taken the lease."""
         self.run, self.asked = run, asked
         self.fs, self.path = open_url(url)
         self.number = 0
@@ -99,10 +99,10 @@ class Charge:
         while not self._over.wait(BEAT_S):
             try:
                 for request in self._requests():
-                    self.asked(request)
+                    self.asked(request.pop("what"), request)
                 if time.monotonic() - renewed > RENEW_S:
                     if self.newest()[0] > self.number:
-                        self.asked("lost")
+                        self.asked("lost", {})
                         return
                     beat, renewed = beat + 1, time.monotonic()
                     write_whole(self.fs, self._name(self.number), self._content(beat))
@@ -127,11 +127,11 @@ class Charge:
         except ValueError:
             return number, None  # of somebody who could not write it
 
-    def _requests(self) -> list[str]:
+    def _requests(self) -> list[dict[str, Any]]:
         self.fs.invalidate_cache(f"{self.path}/requests")
         found = []
         for name in self.fs.glob(f"{self.path}/requests/*.json"):
-            found.append(json.loads(self.fs.cat_file(name))["what"])
+            found.append(json.loads(self.fs.cat_file(name)))
             self.fs.rm(name)
         return found
 
@@ -141,18 +141,19 @@ class Charge:
             self.fs.rm(name)
 
 
-def ask(url: str, what: str) -> None:
+def ask(url: str, what: str, **more: Any) -> None:
     """Ask whoever is in charge of the run in this folder. Raises OutputUnwritable."""
     try:
         fs, path = open_url(url)
-        write_whole(fs, f"{path}/requests/{time.time_ns()}-{secrets.token_hex(2)}.json", json.dumps({"what": what}).encode())
+        content = json.dumps({"what": what, **more}).encode()
+        write_whole(fs, f"{path}/requests/{time.time_ns()}-{secrets.token_hex(2)}.json", content)
     except STORE_ERRORS as error:
         raise OutputUnwritable("this command", url, str(error) or type(error).__name__) from error
 
 
 def in_charge(run: str, url: str) -> tuple[int, dict[str, Any]]:
     """(number, content) of the lease on the run in this folder. Raises NotRunning when nobody holds it."""
-    number, content = Charge(run, url, lambda what: None).newest()
+    number, content = Charge(run, url, lambda what, more: None).newest()
     if content is None or content["released"] or gone(content["holder"]):
         raise NotRunning(run)
     return number, content
@@ -160,7 +161,7 @@ def in_charge(run: str, url: str) -> tuple[int, dict[str, Any]]:
 
 def wait_for_end(run: str, url: str) -> None:
     """Until nobody is in charge of the run in this folder. Raises NotRunning when nobody was, or does not answer any more."""
-    looked, (number, content) = Charge(run, url, lambda what: None), in_charge(run, url)
+    looked, (number, content) = Charge(run, url, lambda what, more: None), in_charge(run, url)
     changed_at, before = time.monotonic(), content
     while not before["released"]:
         time.sleep(BEAT_S / 4)

@@ -6,12 +6,13 @@ No manifest, no checkpoint. Tensors are kept by name in safetensors; what is not
 import contextlib
 import hashlib
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from geotrain.errors import BadCheckpoint, OutputUnwritable
-from geotrain.stores import STORE_ERRORS, open_url, write_whole
+from geotrain.stores import PATIENCE_S, STORE_ERRORS, open_url, patiently, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,11 +60,14 @@ def join(url: str, *names: str) -> str:
     return "/".join([url.rstrip("/"), *names])
 
 
-def write_bytes(who: str, url: str, content: bytes) -> None:
-    """Write a whole object; on a local disk by rename, so that it is there whole or not at all. Raises OutputUnwritable."""
+def write_bytes(who: str, url: str, content: bytes, *, over: threading.Event | None = None) -> None:
+    """Write a whole object; on a local disk by rename, so that it is there whole or not at all. Raises OutputUnwritable.
+
+    `over`: a store that fails for a while is waited for, until this is set; without it the first failure counts.
+    """
     try:
         fs, path = open_url(url)
-        write_whole(fs, path, content)
+        patiently(lambda: write_whole(fs, path, content), over, PATIENCE_S if over is not None else 0.0)
     except STORE_ERRORS as error:
         raise OutputUnwritable(who, url, str(error) or type(error).__name__) from error
 
@@ -75,12 +79,16 @@ def read_bytes(url: str) -> bytes:
     return content
 
 
+def copied(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+    """As they are now, in memory of their own."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
 def tensors_to_bytes(tensors: Mapping[str, "Tensor"], facts: Mapping[str, Any] | None = None) -> bytes:
-    """A safetensors file, with JSON-able facts in its metadata."""
+    """A safetensors file of tensors that share no memory, with JSON-able facts in its metadata."""
     from safetensors.torch import save
 
-    alone = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    return bytes(save(alone, metadata={"geotrain": json.dumps(dict(facts or {}), sort_keys=True)}))
+    return bytes(save(dict(tensors), metadata={"geotrain": json.dumps(dict(facts or {}), sort_keys=True)}))
 
 
 def tensors_from_bytes(content: bytes) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
@@ -96,10 +104,17 @@ def tensors_from_bytes(content: bytes) -> tuple[dict[str, "Tensor"], dict[str, A
     return tensors, json.loads(header.get("__metadata__", {}).get("geotrain", "{}"))
 
 
-def write_part(region: str, url: str, round: int, tensors: Mapping[str, "Tensor"], facts: Mapping[str, Any]) -> StoredPart:
-    """Write one region's state before a round. `facts` must be JSON-able. Raises OutputUnwritable."""
+def write_part(
+    region: str,
+    url: str,
+    round: int,
+    tensors: Mapping[str, "Tensor"],
+    facts: Mapping[str, Any],
+    over: threading.Event | None = None,
+) -> StoredPart:
+    """Write one region's state before a round. `facts` must be JSON-able; `over` as in `write_bytes`. Raises OutputUnwritable."""
     content = tensors_to_bytes(tensors, facts)
-    write_bytes(f"region {region}", url, content)
+    write_bytes(f"region {region}", url, content, over=over)
     return StoredPart(region, url, hashlib.sha256(content).hexdigest(), len(content), round)
 
 
@@ -119,10 +134,10 @@ def folder(run_url: str, round: int) -> str:
     return join(run_url, "checkpoints", f"{round:08d}")
 
 
-def commit(run_url: str, manifest: Manifest) -> None:
-    """Make a checkpoint real. All its parts must be written. Raises OutputUnwritable."""
+def commit(run_url: str, manifest: Manifest, over: threading.Event | None = None) -> None:
+    """Make a checkpoint real. All its parts must be written. `over` as in `write_bytes`. Raises OutputUnwritable."""
     content = json.dumps(asdict(manifest), indent=1).encode()
-    write_bytes("the flow", join(folder(run_url, manifest.round), "manifest.json"), content)
+    write_bytes("the flow", join(folder(run_url, manifest.round), "manifest.json"), content, over=over)
 
 
 def latest(run_url: str) -> Manifest | None:
@@ -130,10 +145,15 @@ def latest(run_url: str) -> Manifest | None:
     fs, path = open_url(join(run_url, "checkpoints"))
     for name in sorted(fs.glob(f"{path}/*/manifest.json"), reverse=True):
         with contextlib.suppress(ValueError, TypeError, KeyError):
-            tree = json.loads(fs.cat_file(name))
-            parts = tuple(StoredPart(**part) for part in tree.pop("parts"))
-            return Manifest(**tree, parts=parts)
+            return _manifest(fs.cat_file(name))
     return None
+
+
+def _manifest(content: bytes) -> Manifest:
+    """Raises ValueError, TypeError, KeyError."""
+    tree = json.loads(content)
+    parts = tuple(StoredPart(**part) for part in tree.pop("parts"))
+    return Manifest(**tree, parts=parts)
 
 
 def set_aside(run_url: str, round: int) -> None:
@@ -142,17 +162,25 @@ def set_aside(run_url: str, round: int) -> None:
     fs.mv(f"{path}/manifest.json", f"{path}/manifest.damaged.json")
 
 
-def prune(run_url: str, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what an interrupted segment left behind before them.
+def prune(run_url: str, keep: int, better: "tuple[str, bool] | None" = None) -> None:
+    """Remove all but the newest `keep` checkpoints and the best, and what was never committed before the newest.
 
-    A folder with a part that a kept manifest names stays: a region that is away has no newer one.
+    `better`: (held-out metric, whether higher is better); None: none is the best. A folder with a part that a kept manifest names stays:
+    a region that is away has no newer one.
     """
     fs, path = open_url(join(run_url, "checkpoints"))
-    kept = sorted(fs.glob(f"{path}/*/manifest.json"))[-keep:]
+    manifests: dict[str, Manifest] = {}
+    for name in sorted(fs.glob(f"{path}/*/manifest.json")):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            manifests[name.rsplit("/", 2)[-2]] = _manifest(fs.cat_file(name))
+    kept = dict(list(manifests.items())[-keep:])
     if not kept:
         return
-    named = {part["url"].rsplit("/", 2)[-2] for manifest in kept for part in json.loads(fs.cat_file(manifest))["parts"]}
-    oldest = kept[0].rsplit("/", 2)[-2]
+    if better is not None and (scored := [name for name, one in manifests.items() if better[0] in one.metrics]):
+        sign = 1 if better[1] else -1
+        best = max(scored, key=lambda name: (sign * manifests[name].metrics[better[0]], name))
+        kept[best] = manifests[best]
+    named = {part.url.rsplit("/", 2)[-2] for manifest in kept.values() for part in manifest.parts}
     for name in sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)):
-        if name < oldest and name not in named:
+        if name < max(kept) and name not in kept and name not in named:
             fs.rm(f"{path}/{name}", recursive=True)

@@ -11,6 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 from typing import Any
 
+import yaml
+
 from geotrain import checkpoint, measured, registry
 from geotrain.charge import Charge
 from geotrain.checkpoint import Manifest, StoredPart
@@ -18,23 +20,26 @@ from geotrain.clusters import RegionCluster, open_cluster, quiet_dask
 from geotrain.data.inventory import Inventory, check_same_schema
 from geotrain.errors import BadCheckpoint, ClusterError, Diverged, GeotrainError, JobError, NonFiniteLoss, NothingToResume, Stopped
 from geotrain.job import JobSpec, RegionSpec
+from geotrain.members.accounts import Accounts
+from geotrain.members.commits import Commits
 from geotrain.members.late import commit_late
 from geotrain.members.membership import Membership
+from geotrain.members.replanner import Newcomer, Replanner, workers_of
 from geotrain.members.tally import Tally
 from geotrain.metrics import add_sums, means
 from geotrain.partition.orders import Place, Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder
 from geotrain.partition.partition import Control, Partition
-from geotrain.plan.planner import Plan, UpdateSize, make_plan, replan
+from geotrain.plan.planner import Plan, UpdateSize, make_plan
 from geotrain.plan.power import Offer
-from geotrain.plan.watch import LinkWatch
 from geotrain.report.board import Board
 from geotrain.report.folder import RunFolder, new_run_id
 from geotrain.report.summary import summarize
 from geotrain.sync.messages import View
 from geotrain.sync.strategy import Merging, strategy_of
 
-KEEP_CHECKPOINTS = 3
 FLUSH_S = 1.0
+LEADERS_WAIT = 3.0
+"""Times the plan's give_up_s: by then the control plane has decided who goes on without whom."""
 
 
 class Run:
@@ -56,9 +61,15 @@ class Run:
         self.partitions: dict[str, Partition] = {}
         self.plan: Plan | None = None
         self._membership: Membership | None = None
+        self._epoch = 0
+        """No view is older."""
         self.round = 0
-        self.totals: dict[str, dict[str, float]] = {}
-        self.traffic: dict[str, dict[str, dict[str, Any]]] = {}
+        self.accounts = Accounts(job)
+        self.commits = Commits(folder, self.charge.check, job.output.keep, job.judged_by)
+        self.commits.failed = self.control.turn.set  # the segment ends early, and says why
+        self.replanner = Replanner(job, self.control, folder)
+        self.seats_change = False
+        """Another plan holds from here on, with other workers or regions: all take their seats anew."""
         self.metrics: dict[str, float] = {}
         self.training = False
         """Between the first segment and the last: a request to stop waits for a checkpoint."""
@@ -71,11 +82,8 @@ class Run:
         self._clusters: dict[str, Future[RegionCluster]] = {}
         self._threads = ThreadPoolExecutor(max_workers=len(job.regions), thread_name_prefix="geotrain-open")
         self._ticket = 1
-        self._lives: dict[str, int] = {}
-        """Of the seats whose traffic is counted."""
         self._spoilt: set[str] = set()
         """Regions that came back in this segment from rounds that ended in a NaN."""
-        self.watch = LinkWatch(job)
         self._flushed_at = 0.0
         self._closed = False
         self._lock = threading.Lock()
@@ -127,9 +135,12 @@ class Run:
 
     def _open(self, region: RegionSpec) -> RegionCluster:
         cluster = open_cluster(region)
-        self.partitions[region.name] = Partition(self.job, region.name, cluster, self.control, self._heard)
+        self.partitions[region.name] = self._partition(self.job, region.name, cluster)
         self.board.status(region.name, "cluster is up")
         return cluster
+
+    def _partition(self, job: JobSpec, region: str, cluster: RegionCluster) -> Partition:
+        return Partition(job, region, cluster, self.control, self._heard)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self.control.abort.set()
@@ -144,6 +155,8 @@ class Run:
     def _end(self, error: BaseException | None) -> None:
         if error is not None:
             self._note_end(error)
+        self.commits.close()
+        self.replanner.close()
         closers = [threading.Thread(target=self._close, args=(name,)) for name in self._clusters]
         for closer in closers:
             closer.start()
@@ -152,17 +165,20 @@ class Run:
         self._threads.shutdown()
         self.folder.flush()
 
-    def _asked(self, what: str) -> None:
+    def _asked(self, what: str, more: Mapping[str, Any]) -> None:
         """What the command line, or the loss of the lease, wants of this process."""
-        word, _, region = what.partition(" ")
-        if word == "drain" and region in self.regions:
-            self.folder.event("asked_to_leave", region=region)
-            self.leaving.add(region)
+        if what == "drain" and more["region"] in self.regions:
+            self.folder.event("asked_to_leave", region=more["region"])
+            self.leaving.add(more["region"])
             self.control.turn.set()
-        elif word == "stop" and self.training:
+        elif what == "add" and self.training:
+            job = self.job.with_region(more["region"])
+            self.folder.event("asked_to_come", region=job.regions[-1].name)
+            self.replanner.prepare(job, job.regions[-1].name, dict(self.inventory), self._partition)
+        elif what == "stop" and self.training:
             self.board.enter("stopping: draining the round and writing a checkpoint")
             self.control.stop.set()
-        elif word in ("stop", "force", "lost"):
+        elif what in ("stop", "force", "lost"):
             self.control.abort.set()
 
     def _note_end(self, error: BaseException) -> None:
@@ -214,16 +230,15 @@ class Run:
             self.folder.round(record)
         if self._membership is not None:
             self._membership.heard(region, message)
-        for change in self.watch.heard(region, message.get("links", {})):
-            self.folder.event("link_changed", region=region, **change)
-            if getattr(self.job.sync, "every", None) == "auto" and self.training:
-                self.control.turn.set()
+        self.commits.heard(region, message)
+        if self.training and self.plan is not None and region in self.regions:
+            self.replanner.heard(region, message, self.job, self.plan)
         if "event" in message:
             event = dict(message["event"])
             self.folder.event(event.pop("event"), region=region, **event)
         if self.folder.appends and time.monotonic() - self._flushed_at > FLUSH_S:
             self._flushed_at = time.monotonic()
-            self.folder.flush()
+            self.folder.flush(must=False)
 
     def partition(self, region: str) -> Partition:
         """Waits for the region's cluster. Raises ClusterError."""
@@ -324,7 +339,7 @@ class Run:
             bits=self.plan.bits.get(region),
             token=self._token,
             life=time.time_ns(),
-            give_up_s=self.plan.give_up_s,
+            give_up_s=LEADERS_WAIT * self.plan.give_up_s,
             warm_start=self.warm_start.url if self.warm_start else None,
             restore=restore,
             joins=joins,
@@ -354,8 +369,10 @@ class Run:
 
     def _take_up(self, manifest: Manifest) -> None:
         """Be where a checkpoint was made."""
-        self.resumed, self.round, self.totals = manifest, manifest.round, dict(manifest.totals)
+        self.resumed, self.round, self.commits.last = manifest, manifest.round, manifest
+        self.accounts.totals = {region: dict(totals) for region, totals in manifest.totals.items()}
         self.plan = Plan.from_dict(self.folder.read_json("plan.json")).as_of(manifest.round)
+        self.left |= {region.region for region in self.plan.regions} - {region.name for region in self.job.regions}
         self.inventory = _inventories(self.folder.read_json("inventory.json"))
         if manifest.parent is not None and self.job.registry is not None:
             self.warm_start = registry.version(self.job.registry.url, self.job.registry.model, manifest.parent)
@@ -366,11 +383,16 @@ class Run:
         assert self.plan is not None
         with self._lock:
             if self._membership is None:
-                epoch = self.resumed.epoch + 1 if self.resumed else 0
-                view = self.plan.view(epoch, without=self.left)
-                self._membership = Membership(self.job, self.plan, view, self.control, self.board, self.folder, self.partitions)
-                self._membership.manifest = self.resumed
+                self._epoch = max(self._epoch, self.resumed.epoch + 1 if self.resumed else 0)
+                view = self.plan.view(self._epoch, without=self.left)
+                shared = self.control, self.board, self.folder, self.partitions, self.commits
+                self._membership = Membership(self.job, self.plan, view, *shared, self._rolled_back)
             return self._membership
+
+    def _rolled_back(self, manifest: Manifest | None) -> int:
+        self.round = manifest.round if manifest else 0
+        self.accounts.back_to(manifest.totals if manifest else {})
+        return self.round
 
     @property
     def regions(self) -> tuple[str, ...]:
@@ -385,6 +407,7 @@ class Run:
     def introduce(self, seats: Sequence[SeatTaken]) -> None:
         """All regions must begin with one model; then it is settled how each leader reaches the others. Raises ModelMismatch."""
         self.membership.introduce(seats, self.in_every_region, self.round)
+        self.seats_change = False
 
     def segments_left(self) -> Iterator[int]:
         """Numbers of the segments still to train; they count from 1. One that ended early comes again."""
@@ -416,7 +439,11 @@ class Run:
                 self.membership.lost(region, error, self.round)
                 continue
             except Stopped:
-                if self.control.abort.is_set() or region in self.present:
+                if self.control.abort.is_set():
+                    raise
+                if (cut_off := self.membership.cut_off(region)) is not None:
+                    self.membership.lost(region, cut_off, self.round)
+                elif region in self.present:
                     raise
                 continue  # it was told to begin again
             except NonFiniteLoss as error:
@@ -431,7 +458,10 @@ class Run:
         return None
 
     def synchronize(self, segment: int, parts: Sequence[SegmentDone | None]) -> bool:
-        """The barrier: agreed, checkpoint committed, metrics known. True when training is over. Raises Diverged."""
+        """The barrier: agreed, metrics known, a checkpoint under way. True when training is over.
+
+        The checkpoint is committed while the next segment trains; whatever else follows waits for it. Raises Diverged, OutputUnwritable.
+        """
         assert self.plan is not None
         done = [part for part in parts if part is not None]
         rounds = {part.round for part in done}
@@ -440,12 +470,9 @@ class Run:
             raise Diverged(max(rounds), hashes)
         self.round = rounds.pop()
         for part in done:
-            if self._lives.get(part.region) != part.life:
-                self.traffic.pop(part.region, None)  # another seat counts from nothing
-                self._lives[part.region] = part.life
-            self._add_up(part.region, part.traffic, samples=part.samples, seconds=part.seconds, held_s=part.held_s)
+            self.accounts.segment(part)
         for region, samples in self.membership.rows_made_up().items():
-            self._add_up(region, self.traffic.get(region, {}), samples=samples, seconds=0.0, held_s=0.0)
+            self.accounts.rows(region, samples)
         self.metrics = means(add_sums([part.metrics for part in sorted(done, key=lambda part: part.region)]))
         self.board.metrics = self.metrics
         manifest = Manifest(
@@ -453,29 +480,42 @@ class Run:
             segment=segment,
             round=self.round,
             epoch=self.membership.roster.view.epoch,
-            samples=int(sum(total["samples"] for total in self.totals.values())),
+            samples=self.accounts.samples,
             parent=self.warm_start.number if self.warm_start else None,
             metrics=self.metrics,
-            totals=self.totals,
-            parts=(*(part.part for part in done), *self.membership.parts_of_absent({part.region for part in done})),
+            totals=self.accounts.totals,
+            parts=tuple(self.membership.parts_of_absent({part.region for part in done})),
         )
-        self.charge.check()
-        checkpoint.commit(self.folder.url, manifest)
-        self.membership.manifest = manifest
-        checkpoint.prune(self.folder.url, KEEP_CHECKPOINTS)
-        self.folder.event("segment", segment=segment, round=self.round, metrics=self.metrics, hashes=hashes, samples=manifest.samples)
-        self.folder.flush()
+        self.commits.begin(manifest, {part.region: (part.life, part.staging) for part in done}, self._check_abort)
+        facts = {"metrics": self.metrics, "hashes": hashes, "samples": manifest.samples}
+        self.folder.event("segment", segment=segment, round=self.round, stall_s=max(part.stall_s for part in done), **facts)
+        self.folder.flush(must=False)
         self._ticket += 1
         self._spoilt.clear()
+        over = self.round >= self.plan.rounds or self._goal_reached(self.metrics)
+        short = [] if over else self.membership.short_of_workers()
+        if over or short or self.leaving or self.replanner.waits or self.control.stop.is_set() or self.control.turn.is_set():
+            self._between_segments(short, over=over)
+        return over
+
+    def _between_segments(self, short: Sequence[str], *, over: bool) -> None:
+        """What needs the checkpoint. One that was lost with a region is made up for by the next segment's."""
+        self.commits.settle(self._check_abort)
+        if self.commits.last is None or self.commits.last.round != self.round:
+            return
         for region in sorted(self.leaving & set(self.regions)):
             self._part_with(region)
-        if self.control.turn.is_set():
-            self.control.turn.clear()
+        self.control.turn.clear()
+        if not over:
             self._replan()
-        over = self.round >= self.plan.rounds or self._goal_reached(self.metrics)
-        if not over and (short := self.membership.short_of_workers()):
+        if self.seats_change:
+            return
+        if short := [region for region in short if region in self.present]:
             self.in_every_region(self.membership.take_in_workers, self._seat_order, regions=short)
-        return over
+
+    def _check_abort(self) -> None:
+        if self.control.abort.is_set():
+            raise Stopped(self.id)
 
     def _part_with(self, region: str) -> None:
         """A region leaves in peace: what it learned is in the checkpoint."""
@@ -490,16 +530,49 @@ class Run:
         self.partitions[region].cluster.close()
 
     def _replan(self) -> None:
-        """H for the links as they were measured: after the manifest, which an older plan must not contradict."""
+        """For what has turned out since; after the manifest, which an older plan must not contradict."""
         assert self.plan is not None
-        believed = self.job.with_links(self.watch.measured())
-        before, self.plan = self.plan, replan(self.plan, believed, self.round)
+        if set(self.present) != set(self.regions):
+            return  # who is away could take no other seat
+        if (newcomer := self.replanner.newcomer) is not None:
+            self._take_in(newcomer)
+        trained = {region: self.inventory[region][0] for region in self.regions}
+        before, self.plan = self.plan, self.replanner.plan_again(self.plan, self.job, trained, self.round, self.accounts.samples, newcomer)
         if self.plan is before:
             return
         self.folder.write_json("plan.json", self.plan.to_dict())
         self.board.rounds = self.plan.rounds
+        if newcomer is not None:
+            self.folder.write("job.yaml", yaml.safe_dump(self.job.to_dict(), sort_keys=False))
+            self.folder.event("joined", region=newcomer.region, round=self.round)
+        workers = {name: [workers_of(before).get(name, 0), count] for name, count in workers_of(self.plan).items()}
+        per_hour = [sum(region.usd_per_round for region in plan.regions) / plan.round_s * 3600 for plan in (before, self.plan)]
         changed = {"every": [before.chosen.every, self.plan.chosen.every], "exchange_s": [before.exchange_s, self.plan.exchange_s]}
+        changed |= {"workers": {name: both for name, both in workers.items() if both[0] != both[1]}, "usd_per_hour": per_hour}
         self.folder.event("replanned", round=self.round, rounds=self.plan.rounds, **changed)
+        self.folder.flush(must=False)
+        if any(was != now for was, now in workers.values()):
+            self._epoch = self.membership.roster.view.epoch + 1
+            self._take_up_here()
+
+    def _take_in(self, newcomer: Newcomer) -> None:
+        """A region belongs to the run from here on."""
+        name, self.job = newcomer.region, newcomer.job
+        self.partitions[name], self.inventory[name] = newcomer.partition, newcomer.inventory
+        self._clusters[name] = Future()
+        self._clusters[name].set_result(newcomer.partition.cluster)
+        self.replanner.came_in()
+        self.board.add(name)
+        self.accounts.job, self.strategy = self.job, strategy_of(self.job.sync, len(self.job.regions))
+        for partition in self.partitions.values():
+            partition.job = self.job
+        self.folder.write_json("inventory.json", {n: [i and i.to_dict() for i in self.inventory[n]] for n in self.inventory})
+
+    def _take_up_here(self) -> None:
+        """All take their seats anew, as of the checkpoint that was just made."""
+        self.resumed, self._membership, self.seats_change = self.commits.last, None, True
+        for region in self.regions:
+            self.partitions[region].vacate()
 
     def _goal_reached(self, metrics: Mapping[str, float]) -> bool:
         goal = self.job.train.until
@@ -509,16 +582,6 @@ class Run:
             raise JobError(f"train.until: the task evaluates no '{goal.metric}'; it has: {', '.join(sorted(metrics))}")
         return goal.reached(metrics[goal.metric])
 
-    def _add_up(self, region: str, traffic: dict[str, dict[str, Any]], **more: float) -> None:
-        """Add to a region's totals: what it did, and what it sent since the last time."""
-        earlier = self.traffic.get(region, {})
-        sent = {to: link["wire_bytes"] - earlier.get(to, {}).get("wire_bytes", 0) for to, link in traffic.items()}
-        self.traffic[region] = traffic
-        more["wire_bytes"] = sum(sent.values())
-        more["egress_usd"] = sum(size / 1e9 * self.job.link(region, to).usd_per_gb for to, size in sent.items())
-        before = self.totals.get(region, {})
-        self.totals[region] = {**before, **{key: before.get(key, 0) + value for key, value in more.items()}}
-
     @property
     def needs_final_merge(self) -> bool:
         """Some strategies leave every region with a replica of its own."""
@@ -527,8 +590,7 @@ class Run:
     def merge_fully(self, region: str) -> str:
         self.board.enter("final merge")
         digest, traffic, seconds = self.partitions[region].merge_fully(self.membership.directory)
-        with self._lock:
-            self._add_up(region, traffic, seconds=seconds)
+        self.accounts.add(region, traffic, seconds=seconds)
         return digest
 
     def evaluate(self, region: str) -> dict[str, tuple[float, float]]:
@@ -588,7 +650,7 @@ class Run:
 
         assert self.plan is not None
         self.board.enter("writing the report")
-        summary = summarize(self.job, self.plan, self.folder, self.board, self.totals, self.traffic)
+        summary = summarize(self.job, self.plan, self.folder, self.board, self.accounts.totals, self.accounts.traffic)
         if self.published:
             summary |= {"version": self.published[0].number, "verdict": self.published[1]}
         self.folder.event("completed", round=self.round, metrics=self.metrics)

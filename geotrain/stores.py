@@ -1,15 +1,47 @@
-"""What an object store raises when it cannot be used, whichever library speaks to it."""
+"""What an object store raises when it cannot be used, whichever library speaks to it; and patience with one that fails for a while."""
 
+import errno
 import os
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+from botocore.exceptions import ConnectionError as NotConnected
 
 STORE_ERRORS = (OSError, ValueError, BotoCoreError, ClientError)
 """fsspec turns most failures into OSError; S3 without credentials or without a reachable endpoint raises botocore's own."""
+
+T = TypeVar("T")
+
+PATIENCE_S = 180.0
+"""How long a store may fail in mid-run."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
+PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EREMOTEIO, errno.EIO, errno.EBUSY, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH}
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether a store's error may be over in a while: it throttles, fails by its own fault, cannot be reached, or is full."""
+    if isinstance(error, ClientError):
+        return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) >= 500
+    if isinstance(error, HTTPClientError | NotConnected | ConnectionError | TimeoutError):
+        return True
+    return isinstance(error, OSError) and error.errno in PASSING
+
+
+def patiently(do: Callable[[], T], over: threading.Event | None = None, patience_s: float = PATIENCE_S) -> T:
+    """Try again, with pauses that grow, while what the store raises may pass, and `over` is not set. Raises the last of STORE_ERRORS."""
+    began, pause, over = time.monotonic(), FIRST_PAUSE_S, over or threading.Event()
+    while True:
+        try:
+            return do()
+        except STORE_ERRORS as error:
+            if not may_pass(error) or time.monotonic() - began > patience_s or over.wait(pause):
+                raise
+            pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
 def is_local(fs: Any) -> bool:

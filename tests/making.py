@@ -70,6 +70,8 @@ def conduct(run: Run, before_segment: Callable[[Run, int], None] = lambda run, s
                 break
             if run.control.stop.is_set():
                 raise Stopped(run.id)
+            if run.seats_change:
+                run.introduce(run.seats(lambda: run.in_every_region(run.provision)))
         if run.needs_final_merge:
             assert len(set(run.in_every_region(run.merge_fully, regions=run.present))) == 1
         sums = run.in_every_region(run.evaluate, regions=run.present)

@@ -65,6 +65,8 @@ class Flaky:
     def __init__(self, url: str) -> None:
         self.target = url.removeprefix("http://")
         self.slow_down = self.broken = self.late = 0
+        self.down = False
+        """Every request is answered `500`."""
         self.requests: Counter[str] = Counter()
         self._lock = threading.Lock()
         flaky = self
@@ -99,7 +101,7 @@ class Flaky:
             number = self.requests.total()
         if self.slow_down and number % self.slow_down == 0:
             return 503, b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>", {}
-        if self.broken and number % self.broken == 0:
+        if self.down or (self.broken and number % self.broken == 0):
             return 500, b"<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>", {}
         if self.late and number % self.late == 0:
             time.sleep(1.0)

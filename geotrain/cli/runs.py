@@ -3,6 +3,7 @@
 import importlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ from geotrain import checkpoint, guard
 from geotrain.answers import Format, answering, answers, envelope, people, watching
 from geotrain.cli.arguments import JobFile, Overrides, RunId, Runs, Shape, app, parse_overrides
 from geotrain.errors import GeotrainError, JobError, Stopped
-from geotrain.job import load_job
+from geotrain.job import load_job, load_region
 from geotrain.report.folder import RunFolder, list_runs
 from geotrain.report.state import state_of
 from geotrain.report.words import count, duration, rate, size
@@ -183,22 +184,51 @@ app.add_typer(region_app, name="region")
 def region_drain(run: RunId, region: str, runs: Runs = "runs", shape: Shape = Format.text) -> None:
     """Let a region leave in peace: the segment ends early, with a checkpoint, and the others go on without it."""
     with answering(shape):
-        from geotrain.charge import ask, in_charge
-
         folder = RunFolder.find(run, runs)
         names = [spec.name for spec in folder.job().regions]
         if region not in names:
             raise JobError(f"{run} has no region '{region}'; it has: {', '.join(names)}")
-        in_charge(folder.run, folder.url)
-        ask(folder.url, f"drain {region}")
-        ended = {"left", "stays"}
-        with people.status(f"asked {folder.run} to go on without {region}"):
-            while not (told := [e for e in folder.lines("events.jsonl") if e["event"] in ended and e["region"] == region]):
-                in_charge(folder.run, folder.url)
-                time.sleep(0.5)
-        if told[-1]["event"] == "stays":
-            raise JobError(f"{region} stays: {told[-1]['why']}; `geotrain stop {folder.run}` ends the run")
+        told = _asked(folder, "drain", region, {"left", "stays"}, f"go on without {region}", {"region": region})
+        if told["event"] == "stays":
+            raise JobError(f"{region} stays: {told['why']}; `geotrain stop {folder.run}` ends the run")
         if shape is Format.json:
             envelope("ok", 0, data={"run": folder.run, "region": region, "left": True})
             return
         answers.print(f"{region} has left {folder.run}: its cluster can go")
+
+
+@region_app.command("add")
+def region_add(
+    run: RunId,
+    file: Annotated[Path, typer.Argument(metavar="REGION.yaml", help="What an entry of a job's `regions` holds.")],
+    runs: Runs = "runs",
+    shape: Shape = Format.text,
+) -> None:
+    """Let a region come in: its cluster is opened and measured while the others train, then all go on by a new plan."""
+    with answering(shape):
+        folder = RunFolder.find(run, runs)
+        job = load_region(str(file), folder.job())
+        tree = job.to_dict()["regions"][-1]
+        told = _asked(folder, "add", tree["name"], {"joined", "not_added"}, f"take in {tree['name']}", {"region": tree})
+        if told["event"] == "not_added":
+            raise JobError(f"{tree['name']} does not come in: {told['message']}")
+        if shape is Format.json:
+            envelope("ok", 0, data={"run": folder.run, "region": tree["name"], "round": told["round"]})
+            return
+        answers.print(f"{tree['name']} trains in {folder.run} from round {told['round']} on")
+
+
+def _asked(folder: RunFolder, what: str, region: str, ends: set[str], words: str, more: dict[str, Any]) -> dict[str, Any]:
+    """Ask whoever is in charge of a run, and wait for the event that answers. Raises NotRunning when nobody is there, or any more."""
+    from geotrain.charge import ask, in_charge
+
+    in_charge(folder.run, folder.url)
+    before = sum(1 for _ in folder.lines("events.jsonl"))
+    ask(folder.url, what, **more)
+    with people.status(f"asked {folder.run} to {words}"):
+        while True:
+            for event in list(folder.lines("events.jsonl"))[before:]:
+                if event["event"] in ends and event["region"] == region:
+                    return event
+            in_charge(folder.run, folder.url)
+            time.sleep(0.5)

@@ -16,7 +16,7 @@ from geotrain.data.leases import LeaseBook, Window
 from geotrain.data.store import open_store
 from geotrain.errors import UnreadableShard
 from geotrain.job import RegionSpec
-from geotrain.stores import STORE_ERRORS
+from geotrain.stores import STORE_ERRORS, patiently
 
 CACHE_BYTES = 256 * 2**20
 BURST, BURST_S = 16, 0.01
@@ -29,18 +29,24 @@ class Reader:
 
     def __init__(self, spec: RegionSpec, columns: list[str]) -> None:
         self.spec, self.columns = spec, columns
+        self.over = threading.Event()
+        """Set while nobody wants what is being read: a store that fails is not waited for any longer."""
         self._kept: OrderedDict[RowGroup, pa.Table] = OrderedDict()
         self._bytes = 0
 
     def read(self, group: RowGroup) -> pa.Table:
-        """The columns of a row group. Raises UnreadableShard."""
+        """The columns of a row group. A store that fails for a while is waited for. Raises UnreadableShard."""
         if group in self._kept:
             self._kept.move_to_end(group)
             return self._kept[group]
         fs, path = open_store(self.spec, group.uri)
-        try:
+
+        def read() -> pa.Table:
             with fs.open(path, "rb") as file:
-                table = pq.ParquetFile(file).read_row_group(group.index, columns=self.columns).combine_chunks()
+                return pq.ParquetFile(file).read_row_group(group.index, columns=self.columns).combine_chunks()
+
+        try:
+            table = patiently(read, self.over)
         except (pa.ArrowException, IndexError, *STORE_ERRORS) as error:
             raise UnreadableShard(self.spec.name, group.uri, str(error)) from error
         self._kept[group] = table
@@ -117,8 +123,8 @@ class Prefetched:
             except queue.Full:
                 continue
 
-    def take(self) -> Any:
-        """The next item. Raises what the iterator raised; StopIteration at its end."""
+    def take(self, waiting: Callable[[], None] = lambda: None) -> Any:
+        """The next item. `waiting`: called now and then while there is none. Raises what the iterator raised; StopIteration at its end."""
         while not self._burst:
             if self._error is not None:
                 raise self._error
@@ -127,6 +133,7 @@ class Prefetched:
             except queue.Empty:
                 if self._closed.is_set():
                     raise StopIteration("closed") from None
+                waiting()
                 continue
             self._burst.extend(burst)
         return self._burst.popleft()

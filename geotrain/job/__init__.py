@@ -1,6 +1,6 @@
 """The job: what the user asked for. The only place that knows pydantic."""
 
-from geotrain.job.loading import load_job, parse_job
+from geotrain.job.loading import load_job, load_region, parse_job
 from geotrain.job.spec import (
     AddressCluster,
     ClassCluster,
@@ -62,5 +62,6 @@ __all__ = [
     "TrainSpec",
     "WanEndpoint",
     "load_job",
+    "load_region",
     "parse_job",
 ]

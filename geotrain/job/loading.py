@@ -41,6 +41,23 @@ def load_job(path: str, overrides: Mapping[str, Any] | None = None, *, fit_strat
     return _resolved(parse_job(tree, path), file.resolve().parent)
 
 
+def load_region(path: str, job: JobSpec) -> JobSpec:
+    """The job with one more region, from a file that holds what an entry of `regions` does. Raises JobError."""
+    file = Path(path)
+    try:
+        region = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise JobError(f"cannot read the region's file {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise JobError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(region, dict):
+        raise JobError(f"{path} must hold what an entry of a job's `regions` does: name, data, and what is not the default")
+    if region.get("name") in [known.name for known in job.regions]:
+        raise JobError(f"{path}: the job has a region '{region['name']}' already")
+    tree = job.to_dict()
+    return _resolved(parse_job({**tree, "regions": [*tree["regions"], region]}, path), file.resolve().parent)
+
+
 def parse_job(tree: Mapping[str, Any], source: str = "job") -> JobSpec:
     """Check a parsed job. Raises JobError that lists every mistake, each with its key and what to write instead."""
     try:

@@ -258,6 +258,10 @@ class ElasticSpec(Spec):
     """Regions without which training pauses; None: half of them, rounded up."""
     give_up_after_s: Positive = 3600.0
     """A run with fewer regions than its quorum waits for so long, then fails; it can be resumed."""
+    speed_margin: Annotated[float, Field(gt=1)] = 2.0
+    """A region that computes so many times faster or slower than planned is planned anew, with the workers that it then takes."""
+    speed_for_s: Positive = 30.0
+    """Seconds of inner steps, in rounds that all say so; what a round waits for the WAN does not count."""
     bad_rounds: Count = 3
     """With so many rounds in a row that end in a NaN or an infinity a region is lost and comes back from the others; if it goes on so, the
     run fails. Fewer are void: the region takes the next round from where that one began."""
@@ -266,6 +270,8 @@ class ElasticSpec(Spec):
 class OutputSpec(Spec):
     url: str = "runs"
     """Where run folders go: a folder or any fsspec URL that the flow and all regions can write."""
+    keep: Count = 3
+    """Checkpoints that are kept: the newest, and besides them the best by `registry.metric`, or else by `train.until`."""
 
 
 class RegistrySpec(Spec):
@@ -337,6 +343,15 @@ class JobSpec(Spec):
                 raise ValueError(f"simulate.outages: no region '{outage.region}'")
         return self
 
+    @property
+    def judged_by(self) -> tuple[str, bool] | None:
+        """(held-out metric, whether higher is better) by which the job tells good models from bad ones."""
+        if self.registry is not None and self.registry.metric is not None:
+            return self.registry.metric, self.registry.higher_is_better
+        if self.train.until is not None:
+            return self.train.until.metric, self.train.until.at_least is not None
+        return None
+
     def quorum_of(self, regions: int) -> int:
         """Of so many regions, those without which training pauses."""
         return min(self.elastic.quorum or -(-regions // 2), regions)
@@ -356,6 +371,11 @@ class JobSpec(Spec):
     def mailbox_of(self, region: str) -> Mailbox | None:
         """Where a region writes updates for those that it cannot reach."""
         return self.region(region).wan.mailbox or self.mailbox
+
+    def with_region(self, region: Mapping[str, Any]) -> "JobSpec":
+        """The job with one more region. Raises pydantic's ValidationError."""
+        tree = self.to_dict()
+        return JobSpec.model_validate({**tree, "regions": [*tree["regions"], region]})
 
     def with_links(self, measured: Mapping[str, tuple[float, float]]) -> "JobSpec":
         """The job with what was measured, `tokyo>virginia` -> (Mbit/s, round trip in ms), in the place of what was believed."""

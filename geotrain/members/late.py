@@ -26,10 +26,11 @@ def commit_late(folder: RunFolder, last: Manifest | None, regions: Sequence[str]
         notes = [join(folder.url, "checkpoints", name, f"{region}.done.json") for region in present]
         if not all(fs.exists(join(path, name, f"{region}.done.json")) for region in present):
             continue
-        done = [SegmentDone.from_dict(json.loads(read_bytes(note))) for note in notes]
+        told = [json.loads(read_bytes(note)) for note in notes]
+        done = [SegmentDone.from_dict(note["done"]) for note in told]
         if {part.round for part in done} != {int(name)} or (agree and len({part.sha256 for part in done}) != 1):
             continue
-        manifest = _manifest(folder.run, last, done)
+        manifest = _manifest(folder.run, last, done, [StoredPart(**note["part"]) for note in told])
         commit(folder.url, manifest)
         _make_up_rounds(folder, done)
         folder.event("segment", segment=manifest.segment, round=manifest.round, metrics=manifest.metrics, late=True)
@@ -44,11 +45,11 @@ def _make_up_rounds(folder: RunFolder, done: Sequence[SegmentDone]) -> None:
         for round, epoch, made, steps, samples in part.closed:
             if (part.region, part.life, round) not in there:
                 where = {"region": part.region, "life": part.life, "round": round, "epoch": epoch, "done": made, "steps": steps}
-                folder.round({**where, "at": time.time(), "samples": samples, "loss": None, "held_s": 0.0, "links": {}})
+                folder.round({**where, "at": time.time(), "samples": samples, "loss": None, "held_s": 0.0, "compute_s": None, "links": {}})
     folder.flush()
 
 
-def _manifest(run: str, last: Manifest | None, done: Sequence[SegmentDone]) -> Manifest:
+def _manifest(run: str, last: Manifest | None, done: Sequence[SegmentDone], parts: Sequence[StoredPart]) -> Manifest:
     totals = {region: dict(sums) for region, sums in last.totals.items()} if last else {}
     for part in done:
         add: Mapping[str, float] = {
@@ -71,5 +72,5 @@ def _manifest(run: str, last: Manifest | None, done: Sequence[SegmentDone]) -> M
         parent=last.parent if last else None,
         metrics=means(add_sums([part.metrics for part in sorted(done, key=lambda part: part.region)])),
         totals=totals,
-        parts=(*(part.part for part in done), *kept),
+        parts=(*parts, *kept),
     )

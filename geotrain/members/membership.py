@@ -5,8 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from geotrain.checkpoint import Manifest, StoredPart
-from geotrain.errors import BadCheckpoint, ClusterError, ClusterUnreachable, GeotrainError, ModelMismatch, Stopped
+from geotrain.errors import BadCheckpoint, ClusterError, ClusterUnreachable, GeotrainError, ModelMismatch, PeerUnreachable, Stopped
 from geotrain.job import JobSpec
+from geotrain.members.commits import Commits
+from geotrain.members.cuts import Cuts
 from geotrain.members.roster import Roster
 from geotrain.members.tally import Tally
 from geotrain.partition.orders import Directory, Place, SeatOrder, SeatTaken
@@ -30,9 +32,20 @@ class Membership:
     """The regions of a run while it trains. Methods with a region block; each is called from that region's thread."""
 
     def __init__(
-        self, job: JobSpec, plan: Plan, view: View, control: Control, board: Board, folder: RunFolder, partitions: Mapping[str, Partition]
+        self,
+        job: JobSpec,
+        plan: Plan,
+        view: View,
+        control: Control,
+        board: Board,
+        folder: RunFolder,
+        partitions: Mapping[str, Partition],
+        commits: Commits,
+        rolled_back: Callable[[Manifest | None], int],
     ) -> None:
+        """`rolled_back`: called when nobody is left, with the checkpoint from which all go on; returns its round."""
         self.job, self.plan, self.control, self.board, self.folder, self.partitions = job, plan, control, board, folder, partitions
+        self.commits, self.rolled_back = commits, rolled_back
         self.roster = Roster(control.run, view, job.quorum_of(len(view.regions)))
         self.tally = Tally()
         self.directory = Directory({}, {})
@@ -40,8 +53,6 @@ class Membership:
         """Regions of which a seat was lost, and the round at which that segment began: their rows in rounds that the others hold are to
         be counted still."""
         self._made_up: dict[str, int] = {}
-        self.manifest: Manifest | None = None
-        """The last that was committed."""
         self._addresses: dict[str, dict[str, str]] = {}
         self._tried: dict[str, Mapping[str, str | None]] = {}
         self._first: SeatTaken | None = None
@@ -49,10 +60,20 @@ class Membership:
         self._belong = set(view.regions)
         self._behind: set[str] = set()
         """Regions that came in and have not shown yet that they were brought up to date."""
+        self.cuts = Cuts(plan.give_up_s)
+        self._cut_off: dict[str, list[str]] = {}
+        """Region -> those that cannot reach it."""
+        self._left_at: dict[str, str] = {}
+        """Region -> where its last endpoint was."""
         self._lock = threading.RLock()
         """Of who is in, and where they are."""
         self._seating = threading.Lock()
         """One region comes back at a time."""
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """The last that was committed."""
+        return self.commits.last
 
     @property
     def present(self) -> tuple[str, ...]:
@@ -133,6 +154,29 @@ class Membership:
         if rounds := message.get("rounds", ()):
             self._behind.discard(region)
         self.tally.heard(region, rounds, message.get("settled", {}))
+        if "silent" in message:
+            self.cuts.heard(region, message["silent"])
+            for gone, others in self.cuts.to_leave(self.present).items():
+                if gone not in self._cut_off:
+                    self._cut_off[gone] = others
+                    self.partitions[gone].tell_abort()
+
+    def cut_off(self, region: str) -> GeotrainError | None:
+        """Why a region's leader was told to end, if it cannot be reached by others."""
+        if (others := self._cut_off.get(region)) is None:
+            return None
+        return PeerUnreachable(", ".join(others), region, self._addresses.get(region, {}).get("flight", "its address"), "silence")
+
+    def _heals(self, region: str) -> bool:
+        """Whether a region that was cut off and those that are in can dial each other again."""
+        try:
+            there = {other: ways["flight"] for other, ways in self._addresses.items() if "flight" in ways and other in self.present}
+            if any(self.partitions[region].reach(there).values()):
+                return False
+            here = {region: self._left_at[region]}
+            return not any(self.partitions[other].reach(here)[region] for other in there)
+        except ClusterUnreachable:
+            return False
 
     def end(self, region: str, ticket: int, view: View) -> bool:
         """At a segment's end; False: the view has changed, and the region must enter again."""
@@ -142,9 +186,12 @@ class Membership:
     def lost(self, region: str, error: GeotrainError, round: int) -> None:
         """Its workers, or its cluster, are gone: the others go on in a view without it."""
         self.board.status(region, "lost")
+        self.commits.lost(region)
         with self._lock:
+            self.cuts.forget(region)
             view = self.roster.lose(region)
-            self._addresses.pop(region, None)
+            if (address := self._addresses.pop(region, {}).get("flight")) is not None:
+                self._left_at[region] = address
             self._behind.discard(region)
             self._lost_since.setdefault(region, round)
             self.folder.event("lost", region=region, message=error.message)
@@ -154,11 +201,15 @@ class Membership:
                     self._addresses.pop(other, None)
                     self.folder.event("lost", region=other, message=f"{region} was to bring it up to date")
                     self.partitions[other].tell_abort()
+                    self.commits.lost(other)
                     view = self.roster.lose(other)
             self._tell(view)
             if not view.regions:
-                self.tally.back_to(round)
-                self.folder.event("rolled_back", round=round, why="no region was left that holds what came later")
+                self.commits.settle(lambda: None)  # all that is still to come is the manifest
+                back_to = self.rolled_back(self.manifest)
+                self.tally.back_to(back_to)
+                self._lost_since = dict.fromkeys(self._lost_since, back_to)
+                self.folder.event("rolled_back", round=back_to, why="no region was left that holds what came later")
             elif not self.roster.enough:
                 self.control.turn.set()  # the segment ends early, with a checkpoint
         self.partitions[region].abandon()
@@ -234,6 +285,12 @@ class Membership:
             self.roster.check_quorum(self.job.elastic.give_up_after_s)
             self.board.status(region, "waiting for a worker")
             try:
+                if region in self._cut_off:
+                    self.board.status(region, f"cut off from {', '.join(self._cut_off[region])}")
+                    if not self._heals(region):
+                        self.control.abort.wait(AGAIN_S)
+                        continue
+                    del self._cut_off[region]
                 if unreachable:
                     self.partitions[region].reopen()
                     unreachable = False

@@ -114,6 +114,10 @@ class Endpoint:
         """Region -> why it cannot be dialled from here; None where it can."""
         return {other: reach(address, other, self.credentials, self._expected(other)[0]) for other, address in addresses.items()}
 
+    def silent(self) -> dict[str, float]:
+        """Region -> for how many seconds it has answered nothing of what is being sent to it."""
+        return self.flight.silent() if self.flight is not None else {}
+
     def close(self) -> None:
         self.transport.close()
 

@@ -41,7 +41,7 @@ class SeatOrder:
     life: int
     """Higher than that of any seat that this region had in this run: by the control plane's clock alone."""
     give_up_s: float
-    """How long a peer may be unreachable before that is an error."""
+    """How long a peer may be unreachable, with nobody saying what to do without it, before that is an error."""
     warm_start: str | None = None
     """URL of a model.safetensors to begin from."""
     restore: StoredPart | None = None
@@ -128,7 +128,10 @@ class SegmentDone:
     """Time without an inner step, waiting for other regions."""
     sha256: str
     """Of what all regions agree on; of the parameters and buffers where a strategy agrees on nothing before its end."""
-    part: StoredPart
+    staging: int
+    """Which of the seat's stagings has its state; the leader tells when that is written."""
+    stall_s: float
+    """Time without an inner step, for the checkpoint: until the one before was written, and for copying this one."""
     metrics: dict[str, tuple[float, float]]
     """Held-out sums and counts."""
     traffic: dict[str, dict[str, Any]]
@@ -142,7 +145,7 @@ class SegmentDone:
     def from_dict(cls, tree: Mapping[str, Any]) -> "SegmentDone":
         metrics = {name: (total, count) for name, (total, count) in tree["metrics"].items()}
         closed = tuple((round, epoch, done, steps, samples) for round, epoch, done, steps, samples in tree["closed"])
-        return cls(**{**tree, "part": StoredPart(**tree["part"]), "metrics": metrics, "closed": closed})
+        return cls(**{**tree, "metrics": metrics, "closed": closed})
 
 
 Verdict = Literal["ok", "warning", "failed"]

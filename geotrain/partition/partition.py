@@ -14,7 +14,7 @@ from geotrain.clusters import RegionCluster, open_cluster
 from geotrain.data.inventory import Inventory
 from geotrain.errors import ClusterTooSmall, ClusterUnreachable, GeotrainError, Stopped, TaskFailed, WorkerHangs, WorkerLost
 from geotrain.job import JobSpec
-from geotrain.partition.calls import on_worker
+from geotrain.partition.calls import beside, on_worker
 from geotrain.partition.orders import Directory, Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder, topic
 from geotrain.sync.messages import View
 
@@ -178,8 +178,12 @@ class Partition:
         return sums
 
     def reach(self, addresses: dict[str, str]) -> dict[str, str | None]:
-        """Region -> why the leader cannot dial it at this address; None where it can."""
-        answer: dict[str, str | None] = self._ask_leader("trying the links", "reach", addresses)
+        """Region -> why the leader cannot dial it at this address, None where it can; beside what it does. Raises ClusterUnreachable."""
+        try:
+            answers = self.client.run(beside, "reach", self.control.run, self.region, addresses, workers=self.workers[:1])
+        except CLIENT_ERRORS as error:
+            raise ClusterUnreachable(self.region, str(self.client.scheduler), f"trying the links: {error}") from error
+        answer: dict[str, str | None] = answers[self.workers[0]]
         return answer
 
     def merge_fully(self, directory: Directory) -> tuple[str, dict[str, dict[str, Any]], float]:
@@ -195,16 +199,20 @@ class Partition:
     def _ask_leader(self, doing: str, name: str, *args: Any) -> Any:
         return self._await([self._submit(self.workers[0], name, self.control.run, self.region, *args)], doing)[0]
 
-    def leave(self) -> None:
-        """Give up the seats, where they outlive the run, or objects in a mailbox do. What cannot be reached has nothing to give up."""
+    def vacate(self) -> None:
+        """Give up the seats, to take others."""
         for thread in self._telling:
             thread.join()
+        with suppress(*CLIENT_ERRORS):
+            self.client.run(on_worker, "leave", self.control.run, self.region, workers=self.workers, on_error="ignore")
+
+    def leave(self) -> None:
+        """Give up the seats, where they outlive the run, or objects in a mailbox do. What cannot be reached has nothing to give up."""
         lasts = self.cluster.cluster is None or self.job.mailbox_of(self.region) is not None
         if lasts and self.workers:
-            try:
-                self.client.run(on_worker, "leave", self.control.run, self.region, workers=self.workers, on_error="ignore")
-            except CLIENT_ERRORS:
-                return
+            self.vacate()
+        for thread in self._telling:
+            thread.join()
 
     def abandon(self) -> None:
         """After a loss: the region's other workers end what they do. One that does not is ended, or else not used again."""

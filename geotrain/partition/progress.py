@@ -17,7 +17,7 @@ class Reporter:
     """Gathers round records and sends them together."""
 
     def __init__(self, run: str, region: str, life: int) -> None:
-        self.topic, self.life = topic(run, region), life
+        self.topic, self.life, self._worker = topic(run, region), life, get_worker()
         self.endpoint: Endpoint | None = None
         """The leader's: what it carried and refused is told with the rounds."""
         self.settled: Mapping[str, int] = {}
@@ -34,7 +34,11 @@ class Reporter:
             self.flush()
 
     def event(self, name: str, facts: dict[str, Any]) -> None:
-        get_worker().log_event(self.topic, {"event": {"event": name, "at": time.time(), **facts}})
+        self.say({"event": {"event": name, "at": time.time(), **facts}})
+
+    def say(self, message: dict[str, Any]) -> None:
+        """At once, from any thread."""
+        self._worker.log_event(self.topic, {**message, "life": self.life})
 
     def close(self) -> None:
         """The last inner step of a segment is made; what follows takes its time."""
@@ -45,5 +49,6 @@ class Reporter:
             for refusal in self.endpoint.inbox.news():
                 self.event("refused", refusal)
             links = {to: link.to_dict() for to, link in list(self.endpoint.transport.traffic.items())} if self._rounds else {}
-            get_worker().log_event(self.topic, {"rounds": self._rounds, "links": links, "settled": dict(self.settled), "closing": closing})
+            silent = {to: round(seconds, 1) for to, seconds in self.endpoint.silent().items()}
+            self.say({"rounds": self._rounds, "links": links, "settled": dict(self.settled), "silent": silent, "closing": closing})
         self._rounds, self._sent_at = [], time.monotonic()

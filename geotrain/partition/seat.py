@@ -1,7 +1,6 @@
 """A seat: one worker process's place in a run, resident between segments. What runs on workers by `calls.on_worker` stands at the end."""
 
 import itertools
-import json
 import socket
 import time
 import zlib
@@ -30,6 +29,7 @@ from geotrain.partition.memory import keep_freed_memory
 from geotrain.partition.orders import Directory, Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder
 from geotrain.partition.progress import Reporter
 from geotrain.partition.server import ParameterServer, Totals
+from geotrain.partition.staging import Stager
 from geotrain.partition.state import load_optimizer_state, optimizer_state, prefixed, without_prefix
 from geotrain.partition.trainer import TASK_FAULTS, Rows, Trainer, evaluate
 from geotrain.plan.bits import Bits
@@ -74,6 +74,7 @@ class Seat:
         self.reporter = Reporter(order.run, order.region, order.life)
         self.server: ParameterServer | None = None
         self.endpoint: Endpoint | None = None
+        self.stager = Stager(order.region, self.reporter.say)
         with ExitStack() as stack:
             self.trainer = make_trainer(job, order.region, order.train, order.rank, order.world, order.rendezvous)
             stack.callback(self.trainer.group.close)
@@ -83,6 +84,8 @@ class Seat:
                 self.endpoint = self._open_endpoint()
                 stack.callback(self.endpoint.close)
             stack.callback(self.trainer.rows.close)
+            self.trainer.rows.waiting = self._waits_for_rows
+            stack.callback(self.stager.close)
             self._restore()
             self._open = stack.pop_all()
 
@@ -193,14 +196,17 @@ class Seat:
         if self.lapsed_at is not None and time.monotonic() - self.lapsed_at > UNOBSERVED_S:
             raise Stopped(self.order.run)
 
+    def _waits_for_rows(self) -> None:
+        self._check_abort()
+        self.reporter.tell()  # a sign of life: it is the store that is slow
+
     def _check_abort(self) -> None:
         if self.aborted:
             raise Stopped(self.order.run)
 
     def _done(self, order: SegmentOrder, totals: Totals, round: int, seconds: float) -> SegmentDone:
         assert self.server is not None
-        folder = checkpoint.folder(order.run_url, round)
-        part = self._write_part(checkpoint.join(folder, f"{self.order.region}.safetensors"), round)
+        stall_s = self.stager.stage(checkpoint.folder(order.run_url, round), round, *self._state(round))
         done = SegmentDone(
             region=self.order.region,
             segment=order.number,
@@ -211,14 +217,14 @@ class Seat:
             seconds=seconds,
             held_s=totals.held_s,
             sha256=sha256(replica.theta if isinstance(replica := self.server.replica, MergeReplica) else self.trainer.flat.vector),
-            part=part,
+            staging=self.stager.number,
+            stall_s=stall_s,
             metrics=self.evaluate(),
             traffic=self._traffic(),
             life=self.order.life,
             closed=tuple(totals.closed.values()),
         )
-        note = json.dumps(asdict(done)).encode()  # with those of all regions a resumed run can commit what nobody was there to commit
-        checkpoint.write_bytes(f"region {self.order.region}", checkpoint.join(folder, f"{self.order.region}.done.json"), note)
+        self.stager.write(asdict(done))
         return done
 
     def evaluate(self) -> dict[str, tuple[float, float]]:
@@ -249,7 +255,8 @@ class Seat:
     def _traffic(self) -> dict[str, dict[str, Any]]:
         return {to: link.to_dict() for to, link in list(self._endpoint.transport.traffic.items())}
 
-    def _write_part(self, url: str, round: int) -> checkpoint.StoredPart:
+    def _state(self, round: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint has of this region: tensors by name, and facts."""
         assert self.server is not None
         flat, rows = self.trainer.flat, self.trainer.rows
         inner, numbers = optimizer_state(self.trainer.optimizer, flat.parameter_names())
@@ -258,8 +265,7 @@ class Seat:
             **prefixed("inner", inner),
             **prefixed("sync", self.server.replica.state()),
         }
-        facts = {"round": round, "inner": numbers, "cursor": rows.book(rows.epoch).cursor()}
-        return checkpoint.write_part(self.order.region, url, round, tensors, facts)
+        return tensors, {"round": round, "inner": numbers, "cursor": rows.book(rows.epoch).cursor()}
 
     def _restore(self) -> None:
         """Be where the order says. Every worker of the region reads the part; only the leader keeps the exchange's state."""
@@ -294,7 +300,7 @@ class Seat:
 
     def write_model(self, url: str) -> int:
         """Write the model for the registry; returns its bytes."""
-        content = checkpoint.tensors_to_bytes(self.trainer.flat.state_dict())
+        content = checkpoint.tensors_to_bytes(checkpoint.copied(self.trainer.flat.state_dict()))
         checkpoint.write_bytes(f"region {self.order.region}", url, content)
         return len(content)
 
@@ -474,7 +480,8 @@ def evaluate_seat(run: str, region: str) -> dict[str, tuple[float, float]]:
 
 
 def reach(run: str, region: str, addresses: dict[str, str]) -> dict[str, str | None]:
-    return _SEATS[run, region].reach(addresses)
+    """Where there is no seat, there is nobody to whom a link could be cut."""
+    return _SEATS[run, region].reach(addresses) if (run, region) in _SEATS else dict.fromkeys(addresses)
 
 
 def merge_fully(run: str, region: str, directory: Directory) -> tuple[str, dict[str, dict[str, Any]], float]:

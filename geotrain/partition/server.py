@@ -60,6 +60,8 @@ class RoundRecord:
     samples: int
     loss: float | None
     held_s: float
+    compute_s: float | None
+    """The rest of the time since the round before; None for the first of a segment."""
     epoch: int
     done: int
     """Inner steps of that epoch that this region has made, this round's included; negative: it owes some of the epoch before."""
@@ -332,12 +334,14 @@ class ParameterServer:
         _, _, _, _, before = self.totals.closed.get(closed.round, (0, 0, 0, 0, 0))
         self.totals.samples += closed.samples - before
         self.totals.closed[closed.round] = (closed.round, closed.epoch, closed.done, closed.steps, closed.samples)
-        at, settled = (closed.epoch, closed.done, closed.steps), dict(self.settled)
-        self.report(RoundRecord(self.region, closed.round, time.time(), closed.samples, mean, held_s, *at, settled, self._links()))
-        now = self.clock()
+        now, compute_s = self.clock(), None
         if self._closed_at is not None:
-            self.after_round(max(0.0, now - self._closed_at - self._round_held_s))
+            compute_s = max(0.0, now - self._closed_at - self._round_held_s)
+            self.after_round(compute_s)
         self._closed_at = now
+        times = held_s, compute_s and round(compute_s, 6)
+        at, settled = (closed.epoch, closed.done, closed.steps), dict(self.settled)
+        self.report(RoundRecord(self.region, closed.round, time.time(), closed.samples, mean, *times, *at, settled, self._links()))
         self._round_loss = self._round_held_s = 0.0
 
     def _links(self) -> dict[str, dict[str, float]]:

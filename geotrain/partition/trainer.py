@@ -38,6 +38,8 @@ class Rows:
     """The books of the current epoch and, once asked for, of the next."""
     stream: Prefetched | None = None
     epoch: int = 0
+    waiting: Callable[[], None] = lambda: None
+    """Called now and then while the next batch is not there. Raises when nobody wants it any more."""
 
     def book(self, epoch: int) -> LeaseBook:
         if epoch not in self.books:
@@ -61,7 +63,7 @@ class Rows:
         if self.stream is None and book.lent_rows[self.rank]:
             self.stream = Prefetched(self._batches(book, skip=book.used[self.rank]))
         taken = book.take(self.train.batch_size)
-        return (self.stream.take() if self.stream and taken[self.rank] else None), taken
+        return (self.stream.take(self.waiting) if self.stream and taken[self.rank] else None), taken
 
     def _batches(self, book: LeaseBook, skip: int) -> Iterator[Any]:
         """This worker's batches from here on, epoch after epoch: the next one is read while this one ends."""
@@ -110,7 +112,9 @@ class Rows:
 
     def close(self) -> None:
         if self.stream is not None:
+            self.reader.over.set()
             self.stream.close()
+            self.reader.over.clear()
             self.stream = None
 
 

@@ -9,15 +9,15 @@ from geotrain.data.inventory import Inventory
 from geotrain.job import JobSpec, LinkSpec, Streaming
 from geotrain.plan.bits import BLOCKING_SHARE, BYTES_PER_NUMBER, HIDDEN_MARGIN, Bits, choose_bits, choose_push_bits, exchange_budget_s
 from geotrain.plan.links import Exchange, best_owner, merge_exchange, push_exchange, shares_by_bandwidth, transfer_s
-from geotrain.plan.power import Allocation, Offer, cheapest, compute, everything, load_power, usd_per_hour
+from geotrain.plan.power import Allocation, Offer, cheapest, compute, efficiency, everything, load_power, usd_per_hour
 from geotrain.sync.messages import View
 from geotrain.sync.pace import Pace, PaceChange, balanced, compass, pace_since, rounds_per_epoch
 from geotrain.sync.strategy import Chosen, Merging, Pushing, Strategy, provisional, strategy_of
 from geotrain.sync.topology import targets
 from geotrain.wan.timing import first_patience_s
 
-TRANSFER_MARGIN = 10.0
-"""A peer is given up when it stays unreachable for this many times as long as an update takes, and at least a minute."""
+TRANSFER_MARGIN, LEAST_GIVE_UP_S = 10.0, 60.0
+"""The others go on without a region that stays unreachable for so many times as long as an update takes, and at least so long."""
 
 LEAST_HANG_S, HANG_FACTOR = 60.0, 20.0
 """A worker hangs when it takes so many times longer than planned for an inner step, and so many seconds more."""
@@ -66,6 +66,8 @@ class Plan:
     segment_rounds: int
     payload_bytes: int
     """Of one update."""
+    full_bytes: int
+    """Of the whole model, fp32."""
     work_s: float
     """Encoding, checksums and decoding of one update, both ends together."""
     round_s: float
@@ -73,7 +75,7 @@ class Plan:
     hidden: bool
     """The exchange runs beside compute."""
     give_up_s: float
-    """Derived: how long a peer may stay unreachable."""
+    """Derived: how long a region may stay unreachable before the others go on without it."""
     patience_s: dict[str, float]
     """Derived, per directed link (`tokyo>virginia`): how long a part may go unanswered, until the link is measured."""
     seconds: float
@@ -209,12 +211,13 @@ def make_plan(job: JobSpec, inventory: Mapping[str, Inventory], offers: Mapping[
         rounds=draft.rounds,
         segment_rounds=min(segment_rounds, draft.rounds),
         payload_bytes=update.payload_bytes,
+        full_bytes=update.full_bytes,
         work_s=update.work_s,
         round_s=draft.round_s,
         exchange_s=draft.exchange.seconds,
         hidden=_hides(draft.strategy),
         patience_s={f"{a}>{b}": _patience_s(job.link(a, b)) for a in names for b in names if a != b} if len(names) < 50 else {},
-        give_up_s=max(60.0, TRANSFER_MARGIN * slowest_s),
+        give_up_s=max(LEAST_GIVE_UP_S, TRANSFER_MARGIN * slowest_s),
         seconds=draft.seconds + final_s,
         usd=draft.usd + final.usd,
         wan_bytes=draft.rounds * sum(draft.exchange.bytes.values()) + sum(final.bytes.values()),
@@ -243,26 +246,77 @@ def replan(plan: Plan, job: JobSpec, round: int) -> Plan:
     if 1 / REPLAN_RATIO < every / plan.chosen.every < REPLAN_RATIO:
         return plan
     chosen = replace(plan.chosen, every=every)
-    last = plan.change_at(round)
-    old = last.rounds_per_epoch if last else plan.regions[0].rounds_per_epoch
     new = rounds_per_epoch(most, strategy_of(job.sync, len(names), chosen).steps_per_round)
-    epoch, left = _pace_of(plan, round).place(round)
-    left_new, after = max(1, int(left * new / old + 0.5)), (plan.rounds - round - left) / old
-    rounds = round + (left_new + ceil(after * new - 1e-9) if after >= 0 else max(1, ceil((plan.rounds - round) * new / old)))
-    change = PaceChange(round, epoch, left_new, new, every, rounds)
-    first = (plan.first_rounds, plan.first_every) if plan.changes else (plan.rounds, plan.chosen.every)
+    change = _change(plan, round, new, every)
     compute_s = max(region.rows / new / region.samples_per_s for region in plan.regions)
     round_s = max(compute_s, exchange.seconds) if _hides(strategy) else compute_s + exchange.seconds
     return replace(
         plan,
         chosen=chosen,
-        rounds=rounds,
+        rounds=change.rounds,
         round_s=round_s,
         exchange_s=exchange.seconds,
-        changes=(*plan.changes, change),
-        first_rounds=first[0],
-        first_every=first[1],
+        **_with_change(plan, change),
     )
+
+
+def remake(
+    plan: Plan, job: JobSpec, inventory: Mapping[str, Inventory], offers: Mapping[str, Sequence[Offer]], round: int, samples: int
+) -> Plan:
+    """Another placement from `round` on, before which `samples` rows were trained on: for other regions, or workers of another speed.
+
+    Epochs go on where they are: what is left of one is spread over its share of the new rounds.
+    """
+    fresh = make_plan(job, inventory, offers, UpdateSize(plan.payload_bytes, plan.work_s, plan.full_bytes))
+    if getattr(job.sync, "every", 1) == "balanced":  # every region has rounds of its own, which stay
+        known = {region.region: region.rounds_per_epoch for region in plan.regions}
+        regions = tuple(replace(new, rounds_per_epoch=known.get(new.region, new.rounds_per_epoch)) for new in fresh.regions)
+        rounds, changed = plan.rounds, _with_change(plan, None)
+    else:
+        change = _change(plan, round, fresh.regions[0].rounds_per_epoch, fresh.chosen.every)
+        if job.train.samples is not None:
+            per_round = sum(region.rows for region in fresh.regions) / fresh.regions[0].rounds_per_epoch
+            change = replace(change, rounds=round + max(1, ceil((job.train.samples - samples) / per_round - 1e-9)))
+        regions = tuple(replace(new, rounds_per_epoch=plan.regions[0].rounds_per_epoch) for new in fresh.regions)
+        rounds, changed = change.rounds, _with_change(plan, change)
+    left = (rounds - round) / fresh.rounds
+    return replace(
+        fresh,
+        regions=regions,
+        rounds=rounds,
+        segment_rounds=plan.segment_rounds,
+        seconds=round * plan.round_s + left * fresh.seconds,
+        usd=plan.usd * round / plan.rounds + left * fresh.usd,
+        wan_bytes=int(plan.wan_bytes * round / plan.rounds + left * fresh.wan_bytes),
+        **changed,
+    )
+
+
+def _change(plan: Plan, round: int, per_epoch: int, every: int) -> PaceChange:
+    """Another number of rounds per epoch from `round` on; as many epochs are left as were."""
+    last = plan.change_at(round)
+    old = last.rounds_per_epoch if last else plan.regions[0].rounds_per_epoch
+    epoch, left = _pace_of(plan, round).place(round)
+    left_new, after = max(1, int(left * per_epoch / old + 0.5)), (plan.rounds - round - left) / old
+    rounds = round + (left_new + ceil(after * per_epoch - 1e-9) if after >= 0 else max(1, ceil((plan.rounds - round) * per_epoch / old)))
+    return PaceChange(round, epoch, left_new, per_epoch, every, rounds)
+
+
+def _with_change(plan: Plan, change: PaceChange | None) -> dict[str, Any]:
+    """What a plan remembers of how its H came to be."""
+    first = (plan.first_rounds, plan.first_every) if plan.changes else (plan.rounds, plan.chosen.every)
+    changes = plan.changes if change is None else (*plan.changes, change)
+    return {"changes": changes, "first_rounds": first[0], "first_every": first[1]}
+
+
+def offers_of(job: JobSpec, plan: Plan, measured: Mapping[str, float]) -> dict[str, list[Offer]]:
+    """What the regions of a plan offer, at the speed that it believes, or of late was `measured` (samples per second of a region)."""
+    offers = {}
+    for region in plan.regions:
+        speed = measured.get(region.region, region.samples_per_s)
+        one = speed / (region.workers * efficiency(region.workers, job.schedule.scaling_loss))
+        offers[region.region] = [Offer(d.kind, d.count, d.usd_per_hour, one) for d in job.region(region.region).devices]
+    return offers
 
 
 def _pace_of(plan: Plan, round: int) -> Pace:

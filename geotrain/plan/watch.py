@@ -1,6 +1,7 @@
-"""LinkWatch: whether a link carries what the plan believes."""
+"""Whether links carry, and regions compute, what the plan believes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from geotrain.job import JobSpec
@@ -47,3 +48,43 @@ class LinkWatch:
             source, _, target = pair.partition(">")
             links[pair] = (rate * 8e-6, self.job.link(source, target).rtt_ms)
         return links
+
+
+LEAST_ROUNDS = 3
+
+
+@dataclass(slots=True)
+class _Off:
+    """Rounds in a row that were all faster, or all slower, than believed."""
+
+    faster: bool
+    rounds: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+
+
+class SpeedWatch:
+    """Compares how fast regions make inner steps with what is believed; what a round waits for the WAN does not count."""
+
+    def __init__(self, margin: float, for_s: float) -> None:
+        """A region is another one when it is `margin` times faster, or slower, in every round of `for_s` seconds of inner steps [ours]."""
+        self.margin, self.for_s = margin, for_s
+        self._off: dict[str, _Off] = {}
+
+    def heard(self, region: str, believed: float, rounds: Sequence[Mapping[str, Any]]) -> float | None:
+        """Round records of a region that should make `believed` samples per second. Returns the speed that it has, once that is sure."""
+        for record in rounds:
+            if not record["samples"] or not record["compute_s"]:
+                continue
+            ratio = record["samples"] / record["compute_s"] / believed
+            if 1 / self.margin < ratio < self.margin:
+                self._off.pop(region, None)
+                continue
+            if region not in self._off or self._off[region].faster != (ratio > 1):
+                self._off[region] = _Off(ratio > 1)
+            off = self._off[region]
+            off.rounds, off.samples, off.seconds = off.rounds + 1, off.samples + record["samples"], off.seconds + record["compute_s"]
+            if off.rounds >= LEAST_ROUNDS and off.seconds >= self.for_s:
+                del self._off[region]
+                return off.samples / off.seconds
+        return None

@@ -77,6 +77,11 @@ class Board:
                 self.stage = stage
                 self.stages.append((stage, round(self.clock() - self.began, 3)))
 
+    def add(self, region: str) -> None:
+        """A region that came in."""
+        with self._lock:
+            self.rows[region] = RegionRow(region)
+
     def status(self, region: str, status: str) -> None:
         with self._lock:
             self.rows[region].status = status

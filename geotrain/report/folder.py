@@ -36,7 +36,7 @@ class RunFolder:
         self.url = url.rstrip("/") if "://" in url else str(Path(url).resolve())
         self.run = self.url.rsplit("/", 1)[-1]
         self._fs, self._path = open_url(self.url)
-        self._lock = threading.Lock()
+        self._lock, self._flushing = threading.Lock(), threading.Lock()
         self._pending: dict[str, list[str]] = {"rounds.jsonl": [], "events.jsonl": []}
 
     @property
@@ -98,19 +98,37 @@ class RunFolder:
         with self._lock:
             self._pending[name].append(json.dumps(dict(record)))
 
-    def flush(self) -> None:
-        """Put what was appended into the files. Object stores cannot append: there the whole file is written again."""
-        with self._lock:
-            pending, self._pending = self._pending, {name: [] for name in self._pending}
-        for name, lines in pending.items():
-            if lines:
-                self._add_lines(join(self._path, name), "".join(f"{line}\n" for line in lines))
+    def flush(self, *, must: bool = True) -> None:
+        """Put what was appended into the files. Object stores cannot append: there the whole file is written again.
+
+        Raises OutputUnwritable; unless it `must` be now: then what cannot be written is kept for the next time.
+        """
+        with self._flushing:
+            for name in self._pending:
+                with self._lock:
+                    lines = list(self._pending[name])
+                if not lines:
+                    continue
+                try:
+                    self._add_lines(join(self._path, name), "".join(f"{line}\n" for line in lines))
+                except OutputUnwritable:
+                    if must:
+                        raise
+                    continue
+                with self._lock:
+                    del self._pending[name][: len(lines)]
 
     def _add_lines(self, path: str, text: str) -> None:
         try:
             if self.appends:
-                with self._fs.open(path, "a") as file:
-                    file.write(text)
+                with Path(path).open("a") as file:
+                    end = file.tell()
+                    try:
+                        file.write(text)
+                        file.flush()
+                    except OSError:  # a full disk takes a part of it
+                        file.truncate(end)
+                        raise
             else:
                 before = self._fs.cat_file(path).decode() if self._fs.exists(path) else ""
                 self._fs.pipe_file(path, (before + text).encode())

@@ -112,6 +112,10 @@ class FlightTransport:
         for lane in list(self._lanes.values()):
             lane.check()
 
+    def silent(self) -> dict[str, float]:
+        """Peer -> for how many seconds it has answered nothing, while something goes there."""
+        return {to: seconds for to, lane in list(self._lanes.items()) if (seconds := lane.silent_s) > 0}
+
     def drain(self, timeout_s: float) -> bool:
         until = time.monotonic() + timeout_s
         return all(lane.drain(max(0.0, until - time.monotonic())) for lane in list(self._lanes.values()))
@@ -275,6 +279,11 @@ class _Lane:
             done = self._changed.wait_for(lambda: self._error is not None or not self._outbox.pending, timeout_s)
         self.check()
         return done
+
+    @property
+    def silent_s(self) -> float:
+        with self._changed:
+            return time.monotonic() - self._alive_at if self._outbox.pending else 0.0
 
     def stop(self) -> None:
         with self._changed:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from geotrain.report.folder import RunFolder
 from geotrain.report.ledger import ledger
 from geotrain.run import Run
 from tests.making import conduct, points_job
+from tests.s3 import free_port
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "ma": {"strategy": "ma", "every": 2},
@@ -130,6 +131,80 @@ def test_one_of_two_workers_is_killed_and_replaced_at_the_next_segment(tmp_path:
     seated = [event["workers"] for event in events(run, "seated") if event["region"] == "south"]
     assert seated == [2, 1, 2]
     assert ledger(run.folder)["balanced"]
+
+
+class Valve:
+    """Before a leader's endpoint: lets everything through, or nothing, as a cut link does."""
+
+    def __init__(self, port: int) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self.port = port
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                here, _ = self.listener.accept()
+                threading.Thread(target=self._join, args=(here,), daemon=True).start()
+
+    def _join(self, here: socket.socket) -> None:
+        self.open.wait()
+        try:
+            there = socket.create_connection(("127.0.0.1", self.port))
+        except OSError:
+            here.close()
+            return
+        for one, other in ((here, there), (there, here)):
+            threading.Thread(target=self._pump, args=(one, other), daemon=True).start()
+
+    def _pump(self, one: socket.socket, other: socket.socket) -> None:
+        with suppress(OSError):
+            while data := one.recv(65536):
+                self.open.wait()
+                other.sendall(data)
+        for end in (one, other):
+            end.close()
+
+    def close(self) -> None:
+        self.open.set()
+        self.listener.close()
+
+
+@pytest.mark.parametrize(
+    "strategy", ["ma", pytest.param("streaming", marks=pytest.mark.chaos), pytest.param("asgd_ga", marks=pytest.mark.chaos)]
+)
+def test_a_region_whose_links_are_cut_is_left_out_until_they_heal(tmp_path: Path, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("geotrain.plan.planner.LEAST_GIVE_UP_S", 2.0)
+    monkeypatch.setattr("geotrain.plan.planner.TRANSFER_MARGIN", 0.0)
+    tree = job_of(tmp_path, strategy).to_dict()
+    valves = {}
+    for region in tree["regions"]:
+        port = free_port()
+        valves[region["name"]] = valve = Valve(port)
+        region["wan"] = {"listen": f"127.0.0.1:{port}", "advertise": valve.address}
+    run = Run.start(JobSpec.model_validate(tree))
+
+    def cut(run: Run) -> None:
+        valves["west"].open.clear()
+        before = run.board.rows["north"].rounds
+        until = time.monotonic() + 60
+        while run.board.rows["north"].rounds < before + 20 or not events(run, "lost"):  # the others go on without it
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        valves["west"].open.set()
+
+    conduct(run, in_mid_run(cut))
+    (lost,) = events(run, "lost")
+    assert lost["region"] == "west"
+    assert "cannot reach west" in lost["message"]
+    assert [event["region"] for event in events(run, "back")] == ["west"]
+    assert [set(event["regions"]) for event in events(run, "view")] == [{"north", "south"}, {"north", "south", "west"}]
+    assert ledger(run.folder)["balanced"]
+    for valve in valves.values():
+        valve.close()
 
 
 def test_all_regions_lost_at_once_go_on_from_the_last_checkpoint(tmp_path: Path) -> None:

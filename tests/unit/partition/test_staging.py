@@ -1,0 +1,59 @@
+"""What is staged is what was there then, training goes on while it is written, and a store that fails is said."""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from geotrain import checkpoint
+from geotrain.checkpoint import StoredPart
+from geotrain.errors import OutputUnwritable
+from geotrain.partition.staging import Stager
+
+
+def test_what_is_staged_is_what_was_there_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, Any]] = []
+    stager, weights, goes = Stager("north", told.append), torch.ones(1000), threading.Event()
+    write = checkpoint.write_bytes
+
+    def slowly(*args: Any, **more: Any) -> None:
+        goes.wait(20)
+        write(*args, **more)
+
+    monkeypatch.setattr(checkpoint, "write_bytes", slowly)
+    stager.stage(str(tmp_path), 10, {"w": weights}, {"round": 10})
+    weights.zero_()
+    stager.write({"samples": 5})
+    weights.sub_(1)  # training goes on
+    assert not told
+    goes.set()
+    stager.close()
+    (message,) = told
+    part = StoredPart(**message["stored"])
+    assert torch.equal(checkpoint.read_part(part)[0]["w"], torch.ones(1000))
+    note = json.loads((tmp_path / "north.done.json").read_text())
+    assert (note["done"], StoredPart(**note["part"]), message["staging"]) == ({"samples": 5}, part, 1)
+
+
+def test_the_next_waits_for_the_one_before(tmp_path: Path) -> None:
+    told: list[dict[str, Any]] = []
+    stager = Stager("north", told.append)
+    for round in (10, 20, 30):
+        assert stager.stage(checkpoint.folder(str(tmp_path), round), round, {"w": torch.ones(100_000)}, {}) >= 0
+        assert len(told) == round // 10 - 1
+        stager.write({})
+    stager.close()
+    assert [message["stored"]["round"] for message in told] == [10, 20, 30]
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    told: list[dict[str, Any]] = []
+    (tmp_path / "file").write_text("in the way")
+    stager = Stager("north", told.append)
+    stager.stage(str(tmp_path / "file"), 10, {"w": torch.ones(3)}, {})
+    stager.write({})
+    stager.close()
+    assert "region north cannot write" in OutputUnwritable(*told[0]["unwritten"]).message
