@@ -172,9 +172,14 @@ class Run:
             self.leaving.add(more["region"])
             self.control.turn.set()
         elif what == "add" and self.training:
-            job = self.job.with_region(more["region"])
-            self.folder.event("asked_to_come", region=job.regions[-1].name)
-            self.replanner.prepare(job, job.regions[-1].name, dict(self.inventory), self._partition)
+            name = more["region"].get("name")
+            self.folder.event("asked_to_come", region=name)
+            try:
+                job = self.job.with_region(more["region"])
+            except ValueError as error:
+                self.folder.event("not_added", region=name, message=str(error))
+                return
+            self.replanner.prepare(job, name, dict(self.inventory), self._partition)
         elif what == "stop" and self.training:
             self.board.enter("stopping: draining the round and writing a checkpoint")
             self.control.stop.set()

@@ -64,6 +64,7 @@ def conduct(run: Run, before_segment: Callable[[Run, int], None] = lambda run, s
     with run:
         run.look_and_plan()
         run.introduce(run.seats(lambda: run.in_every_region(run.provision)))
+        run.training = True
         for segment in run.segments_left():
             before_segment(run, segment)
             if run.synchronize(segment, run.in_every_region(run.train, segment)):
@@ -72,6 +73,7 @@ def conduct(run: Run, before_segment: Callable[[Run, int], None] = lambda run, s
                 raise Stopped(run.id)
             if run.seats_change:
                 run.introduce(run.seats(lambda: run.in_every_region(run.provision)))
+        run.training = False
         if run.needs_final_merge:
             assert len(set(run.in_every_region(run.merge_fully, regions=run.present))) == 1
         sums = run.in_every_region(run.evaluate, regions=run.present)

@@ -1,6 +1,9 @@
 """A task for tests: a small regression, with faults to order."""
 
+import os
+import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +15,12 @@ from torch.nn import functional
 class Points:
     columns = ("x", "y")
 
-    def __init__(self, lr: float = 0.05, momentum: float = 0.0, adam: bool = False, norm: bool = False, fault: str = "") -> None:
+    def __init__(
+        self, lr: float = 0.05, momentum: float = 0.0, adam: bool = False, norm: bool = False, fault: str = "", slow: str = ""
+    ) -> None:
+        """`slow`: a file that, once it is there, names processes in which a batch takes 20 ms."""
         self.lr, self.momentum, self.adam, self.norm, self.fault = lr, momentum, adam, norm, fault
+        self.slow = Path(slow) if slow else None
 
     def model(self) -> nn.Module:
         middle = [nn.BatchNorm1d(6)] if self.norm else []
@@ -33,6 +40,8 @@ class Points:
     def batch(self, rows: pa.RecordBatch) -> tuple[Tensor, Tensor]:
         if self.fault == "batch":
             raise ValueError("cannot make a batch")
+        if self.slow is not None and self.slow.exists() and str(os.getpid()) in self.slow.read_text().split():
+            time.sleep(0.02)
         x = np.stack(rows.column("x").to_numpy(zero_copy_only=False))
         return torch.from_numpy(x), torch.from_numpy(rows.column("y").to_numpy(zero_copy_only=False).copy())
 

@@ -36,7 +36,7 @@ def holders(url: str) -> Iterator[Callable[[], tuple[Charge, list[str]]]]:
 
     def make() -> tuple[Charge, list[str]]:
         heard: list[str] = []
-        made.append(Charge("run", url, heard.append))
+        made.append(Charge("run", url, lambda what, more: heard.append(what)))
         return made[-1], heard
 
     yield make

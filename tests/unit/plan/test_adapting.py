@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from geotrain.partition.adapt import BitsAdapter
 from geotrain.plan.bits import Bits
 from geotrain.plan.planner import Plan, replan
-from geotrain.plan.watch import LinkWatch
+from geotrain.plan.watch import LinkWatch, SpeedWatch
 from geotrain.sync.pace import Pace, pace_since
 from geotrain.sync.strategy import strategy_of
 from geotrain.wan.transport import LinkTraffic
@@ -123,3 +123,27 @@ def test_without_codec_auto_nothing_is_chosen() -> None:
     strategy = strategy_of(spec.sync, 2, plan.chosen)
     adapter = BitsAdapter(spec, "tokyo", strategy, plan.view(0), tuple(plan.shares.values()), None, 10)
     assert adapter.after_round({"paris": LinkTraffic(bytes_per_s=1.0)}, 1.0) is None
+
+
+def rounds(*speeds: float, samples: int = 100) -> list[dict[str, Any]]:
+    return [{"samples": samples, "compute_s": samples / speed} for speed in speeds]
+
+
+def test_a_speed_counts_once_every_round_has_said_so_for_long_enough() -> None:
+    watch = SpeedWatch(2.0, 10.0)
+    assert watch.heard("tokyo", 100.0, rounds(*[40.0] * 3)) is None, "7.5 s"
+    assert watch.heard("tokyo", 100.0, rounds(40.0)) == pytest.approx(40.0)
+    assert watch.heard("tokyo", 40.0, rounds(*[40.0] * 100)) is None, "it is believed by now"
+
+
+def test_a_round_that_is_as_planned_begins_the_count_anew() -> None:
+    watch = SpeedWatch(2.0, 10.0)
+    assert watch.heard("tokyo", 100.0, rounds(*[40.0] * 3, 90.0, *[40.0] * 3)) is None
+    assert watch.heard("tokyo", 100.0, rounds(*[300.0] * 29)) is None, "faster is not slower"
+    assert watch.heard("tokyo", 100.0, rounds(300.0, 300.0)) == pytest.approx(300.0)
+
+
+def test_a_round_that_says_nothing_of_speed_counts_for_nothing() -> None:
+    watch = SpeedWatch(2.0, 1.0)
+    void, first = {"samples": 0, "compute_s": 50.0}, {"samples": 100, "compute_s": None}
+    assert watch.heard("tokyo", 100.0, [void, first] * 10) is None

@@ -159,3 +159,56 @@ def test_the_bits_that_a_plan_chooses_are_those_that_the_core_has() -> None:
 
     assert CODECS == BITS
     assert [codec_of(name).wire_bytes(10**6) / 10**6 for name in BITS] == pytest.approx(BYTES_PER_NUMBER, rel=0.01)
+
+
+def regions_of(plan: Plan) -> dict[str, int]:
+    return {region.region: region.workers for region in plan.regions}
+
+
+def test_a_plan_is_made_again_for_a_region_that_comes() -> None:
+    inventory, offered = data(paris=400, tokyo=200), offers(cpu(2), cpu(2))
+    plan = make_plan(job(train={"batch_size": 1, "epochs": 10}), inventory, offered, 1000)
+    wider = job(train={"batch_size": 1, "epochs": 10}).with_region({"name": "lima", "data": {"train": "lima"}})
+    per_epoch = plan.regions[0].rounds_per_epoch
+    round = 3 * per_epoch + per_epoch // 2
+    made = planner.remake(plan, wider, inventory | data(lima=100), {**offered, "lima": [cpu(1)]}, round, 3 * 600 + 300)
+    assert regions_of(made) == {**regions_of(plan), "lima": 1}
+    (change,) = made.changes
+    assert (change.round, change.epoch) == (round, 3)
+    assert made.rounds == plan.rounds, "ten epochs end where they did: paris still makes the most steps"
+    assert made.usd > plan.usd
+    assert made.as_of(round - 1).rounds == plan.rounds
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 30), st.floats(0.05, 20.0), st.floats(0.0, 1.0))
+def test_a_plan_made_again_ends_the_epochs_that_were_asked_for(paris: int, tokyo: int, every: int, factor: float, share: float) -> None:
+    spec = job(train={"batch_size": 1, "epochs": 3}, sync={"strategy": "ma", "every": every})
+    inventory, offered = data(paris=paris, tokyo=tokyo), offers(cpu(4), cpu(4))
+    plan = make_plan(spec, inventory, offered, 1000)
+    round = int(share * (plan.rounds - 1))
+    speeds = planner.offers_of(spec, plan, {"tokyo": plan.region("tokyo").samples_per_s * factor})
+    made = planner.remake(plan, spec, inventory, speeds, round, 0)
+    assert made.rounds > round
+    last = planner._pace_of(made, made.rounds - 1)
+    assert last.place(made.rounds - 1) == (2, 1)
+    assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+
+
+def test_a_run_by_samples_ends_with_them() -> None:
+    spec = job(train={"batch_size": 1, "samples": 6000})
+    inventory, offered = data(paris=400, tokyo=200), offers(cpu(2), cpu(2))
+    plan = make_plan(spec, inventory, offered, 1000)
+    wider = spec.with_region({"name": "lima", "data": {"train": "lima"}})
+    made = planner.remake(plan, wider, inventory | data(lima=600), {**offered, "lima": [cpu(4)]}, 10, 3000)
+    per_round = 1200 / made.changes[-1].rounds_per_epoch
+    assert (made.rounds - 10) * per_round == pytest.approx(3000, abs=per_round)
+
+
+def test_balanced_regions_keep_their_rounds() -> None:
+    spec = job(sync={"strategy": "ma", "every": "balanced"})
+    inventory, offered = data(paris=400, tokyo=200), offers(cpu(2), cpu(2, speed=20.0))
+    plan = make_plan(spec, inventory, offered, 1000)
+    wider = spec.with_region({"name": "lima", "data": {"train": "lima"}})
+    made = planner.remake(plan, wider, inventory | data(lima=100), {**offered, "lima": [cpu(1)]}, 1, 0)
+    assert [made.region(name).rounds_per_epoch for name in ("paris", "tokyo")] == [r.rounds_per_epoch for r in plan.regions]
+    assert (made.rounds, made.changes) == (plan.rounds, ())
