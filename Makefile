@@ -33,6 +33,6 @@ chaos: env  ## faults in real processes, then the core in virtual time: make cha
 	$(BIN)/python -m tests.chaos --seeds $(SEEDS)
 
 bench: env  ## every measurement, one after the other; results in bench/results
-	for measurement in overhead startup strategies core scale prediction wan recovery convergence reproduction figures; do \
+	for measurement in overhead startup strategies core scale prediction wan checkpoint recovery goodput convergence reproduction figures; do \
 		$(BIN)/python -m bench.$$measurement || exit 1; \
 	done

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from geotrain.report.ledger import ledger
 from geotrain.run import Run
 from tests.making import conduct, points_job
 from tests.s3 import free_port
+from tests.valve import Valve
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "ma": {"strategy": "ma", "every": 2},
@@ -131,46 +132,6 @@ def test_one_of_two_workers_is_killed_and_replaced_at_the_next_segment(tmp_path:
     seated = [event["workers"] for event in events(run, "seated") if event["region"] == "south"]
     assert seated == [2, 1, 2]
     assert ledger(run.folder)["balanced"]
-
-
-class Valve:
-    """Before a leader's endpoint: lets everything through, or nothing, as a cut link does."""
-
-    def __init__(self, port: int) -> None:
-        self.open = threading.Event()
-        self.open.set()
-        self.port = port
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self.listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                here, _ = self.listener.accept()
-                threading.Thread(target=self._join, args=(here,), daemon=True).start()
-
-    def _join(self, here: socket.socket) -> None:
-        self.open.wait()
-        try:
-            there = socket.create_connection(("127.0.0.1", self.port))
-        except OSError:
-            here.close()
-            return
-        for one, other in ((here, there), (there, here)):
-            threading.Thread(target=self._pump, args=(one, other), daemon=True).start()
-
-    def _pump(self, one: socket.socket, other: socket.socket) -> None:
-        with suppress(OSError):
-            while data := one.recv(65536):
-                self.open.wait()
-                other.sendall(data)
-        for end in (one, other):
-            end.close()
-
-    def close(self) -> None:
-        self.open.set()
-        self.listener.close()
 
 
 @pytest.mark.parametrize(
