@@ -10,8 +10,11 @@ from typing import Any
 
 from prefect import Task, runtime
 from prefect.client.orchestration import get_client
+from prefect.logging import get_run_logger
 
 from geotrain.errors import Stopped
+from geotrain.job import load_job
+from geotrain.report.state import last_unfinished
 from geotrain.run import Run
 
 WAIT_S = 0.25
@@ -41,6 +44,19 @@ def begin_server() -> None:
     finally:
         signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def begin(job: str, overrides: dict[str, Any] | None, *, resume: bool) -> Run:
+    """A new run of the job; or its last, where that has not ended and the caller wants it, or this is a retry of its flow run.
+
+    Raises RunTaken while another process is in charge of that.
+    """
+    spec = load_job(job, overrides)
+    again = resume or (runtime.flow_run.run_count or 0) > 1
+    if again and (folder := last_unfinished(spec)) is not None:
+        get_run_logger().info("continuing %s", folder.run)
+        return Run.resume(folder, get_run_logger().info)
+    return Run.start(spec)
 
 
 def named_after_job() -> str:

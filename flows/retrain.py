@@ -7,35 +7,36 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.conduct import named_after_job, stops_in_order
+from flows.conduct import begin, named_after_job, stops_in_order
 from flows.train import MOST_REGIONS, ended, locate_and_plan, train_and_publish
 from geotrain import registry
 from geotrain.errors import JobError, Stopped
-from geotrain.job import load_job
-from geotrain.run import Run, taken_over
+from geotrain.run import taken_over
 
 
 @flow(name="geotrain-retrain", flow_run_name=named_after_job, task_runner=ThreadPoolTaskRunner(max_workers=MOST_REGIONS))
-def geotrain_retrain(job: str, overrides: dict[str, Any] | None = None, run: str = "") -> Any:
+def geotrain_retrain(job: str, overrides: dict[str, Any] | None = None, resume: bool = False, run: str = "") -> Any:
     """Train again from the champion when any region has new data; otherwise say so and stop.
 
     Args:
         job: Path of the job file; it must have a `registry`.
         overrides: Dotted keys laid over the job, as {"train.epochs": 5}.
+        resume: Continue the job's last run, where that has not ended, instead of beginning a new one. A retry by Prefect always does.
         run: Id of a run that the calling process has begun already; leave it empty.
     """
-    with taken_over(run, lambda: Run.start(load_job(job, overrides))) as this, stops_in_order(this):
+    with taken_over(run, lambda: begin(job, overrides, resume=resume)) as this, stops_in_order(this):
         if this.job.registry is None:
             raise JobError("retraining needs a registry: add `registry: {url: ..., model: ...}` to the job")
         champion = registry.champion(this.job.registry.url, this.job.registry.model)
         locate_and_plan(this)
-        if not this.has_new_data(since=champion):
+        if this.resumed is None and not this.has_new_data(since=champion):
             assert champion is not None
             this.folder.event("nothing_new", champion=champion.number)
             this.board.enter(f"nothing new since version {champion.number}")
             return Completed(message=f"no new data since version {champion.number}: nothing to train")
-        this.warm_start = champion
-        get_run_logger().info("new data; beginning from %s", f"version {champion.number}" if champion else "a new model")
+        if this.resumed is None:
+            this.warm_start = champion
+            get_run_logger().info("new data; beginning from %s", f"version {champion.number}" if champion else "a new model")
         try:
             return train_and_publish(this)
         except Stopped as stopped:

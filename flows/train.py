@@ -6,9 +6,8 @@ from prefect import flow
 from prefect.states import Cancelled, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.conduct import each_region, named_after_job, stops_in_order
+from flows.conduct import begin, each_region, named_after_job, stops_in_order
 from geotrain.errors import Stopped
-from geotrain.job import load_job
 from geotrain.report.folder import RunFolder
 from geotrain.run import Run, taken_over
 from tasks import analyze_locality, evaluate, merge_fully, probe, provision, publish, report, schedule, synchronize, train_partition
@@ -17,15 +16,16 @@ MOST_REGIONS = 64
 
 
 @flow(name="geotrain-train", flow_run_name=named_after_job, task_runner=ThreadPoolTaskRunner(max_workers=MOST_REGIONS))
-def geotrain_train(job: str, overrides: dict[str, Any] | None = None, run: str = "") -> Any:
+def geotrain_train(job: str, overrides: dict[str, Any] | None = None, resume: bool = False, run: str = "") -> Any:
     """Train one model on data that lives in several regions, without moving the data.
 
     Args:
         job: Path of the job file.
         overrides: Dotted keys laid over the job, as {"sync.every": 16}.
+        resume: Continue the job's last run, where that has not ended, instead of beginning a new one. A retry by Prefect always does.
         run: Id of a run that the calling process has begun already; leave it empty.
     """
-    with taken_over(run, lambda: Run.start(load_job(job, overrides))) as this, stops_in_order(this):
+    with taken_over(run, lambda: begin(job, overrides, resume=resume)) as this, stops_in_order(this):
         try:
             locate_and_plan(this)
             return train_and_publish(this)

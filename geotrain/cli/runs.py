@@ -27,7 +27,7 @@ def run(job: JobFile, set_: Overrides = None, shape: Shape = Format.text) -> Non
         from geotrain.run import Run
 
         this = Run.start(spec)
-        _conduct(this, shape, lambda: _flow("flows.train", "geotrain_train")(job, overrides, this.id, return_state=True))
+        _conduct(this, shape, lambda: _flow("flows.train", "geotrain_train")(job, overrides, run=this.id, return_state=True))
 
 
 @app.command()

@@ -4,7 +4,8 @@ import time
 from typing import Any
 
 from geotrain import checkpoint
-from geotrain.report.folder import RunFolder
+from geotrain.job import JobSpec
+from geotrain.report.folder import RunFolder, list_runs
 
 ENDS = {"completed": "completed", "failed": "failed", "stopped": "stopped", "nothing_new": "completed"}
 SILENT_S = 30.0
@@ -53,3 +54,11 @@ def _membership(events: list[dict[str, Any]]) -> str:
     if len(view["regions"]) < view["quorum"]:
         return "recovering"
     return "degraded" if away else "running"
+
+
+def last_unfinished(job: JobSpec) -> RunFolder | None:
+    """The newest run of a job of this name, where it has a checkpoint and no end."""
+    for folder in reversed(list_runs(job.output.url)):
+        if folder.job().name == job.name:
+            return None if folder.has("summary.json") or checkpoint.latest(folder.url) is None else folder
+    return None

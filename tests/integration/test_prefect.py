@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +133,74 @@ def test_the_deployments_train_and_retrain(prefect: dict[str, str], overrides: d
 
     schedules = [s for d in ask(prefect["PREFECT_API_URL"], "deployments/filter", {}) for s in d["schedules"]]
     assert [schedule["active"] for schedule in schedules] == [False]
+
+
+def until(what: Callable[[], Any], within_s: float = 180.0) -> Any:
+    """Its answer, once it has one."""
+    deadline = time.monotonic() + within_s
+    while not (answer := what()):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    return answer
+
+
+@pytest.mark.timeout(600)
+def test_a_flow_run_cancelled_drains_and_the_next_that_resumes_continues_its_run(
+    prefect: dict[str, str], overrides: dict[str, Any], tmp_path: Path
+) -> None:
+    api, runs = prefect["PREFECT_API_URL"], tmp_path / "runs"
+    mine = json.dumps({**overrides, "output.url": str(runs), "registry": None, "train.epochs": 60})
+    words = [*PREFECT, "deployment", "run", "geotrain-train/digits", "-p", f"overrides={mine}"]
+    subprocess.run(words, env=prefect, check=True, capture_output=True, cwd=ROOT, timeout=120)
+    until(lambda: list(runs.glob("*/checkpoints/*/manifest.json")))
+    flow = ask(api, "flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 1})[0]
+    subprocess.run([*PREFECT, "flow-run", "cancel", flow["id"]], env=prefect, check=True, capture_output=True, cwd=ROOT, timeout=120)
+
+    def state(kind: str, of: dict[str, Any]) -> list[str]:
+        return [one["state"]["type"] for one in ask(api, f"{kind}/filter", {"flow_runs": of, "limit": 200})]
+
+    me = {"id": {"any_": [flow["id"]]}}
+    assert until(lambda: [kind for kind in state("flow_runs", me) if kind not in ("RUNNING", "CANCELLING")]) == ["CANCELLED"]
+    assert not {"RUNNING", "PENDING"} & set(state("task_runs", me))
+    (run,) = runs.iterdir()
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert lines[-1]["event"] == "stopped"
+    segments = [line["round"] for line in lines if line["event"] == "checkpoint"]
+    assert segments[-1] == lines[-1]["round"], "it was drained, and the checkpoint is that of the end"
+
+    done = subprocess.run([*words, "-p", "resume=true", "--watch"], env=prefect, capture_output=True, text=True, cwd=ROOT, timeout=400)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert [path.name for path in runs.iterdir()] == [run.name]
+    assert (run / "summary.json").exists()
+
+
+RETRIED = """
+import json, sys
+from geotrain.run import Run
+publish, failed = Run.publish, []
+def fails_once(self):
+    if not failed:
+        failed.append(True)
+        raise ConnectionError("the registry is away")
+    return publish(self)
+Run.publish = fails_once
+from flows.train import geotrain_train
+geotrain_train(sys.argv[1], json.loads(sys.argv[2]))
+"""
+
+
+@pytest.mark.timeout(600)
+def test_a_retry_by_prefect_continues_the_run(prefect: dict[str, str], overrides: dict[str, Any], tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    words = [sys.executable, "-c", RETRIED, "deployments/jobs/digits-3-regions.yaml", json.dumps({**overrides, "output.url": str(runs)})]
+    env = {**prefect, "PREFECT_FLOWS_DEFAULT_RETRIES": "1"}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, cwd=ROOT, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (run,) = runs.iterdir()
+    kinds = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [kind for kind in kinds if kind in ("created", "failed", "resumed", "completed")] == [
+        "created",
+        "failed",
+        "resumed",
+        "completed",
+    ]
