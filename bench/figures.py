@@ -50,8 +50,9 @@ def figures() -> str:
     ]
     lines += [*predictions(newest("prediction")), *core(newest("core")), *scale(newest("scale"))]
     lines += wan(newest("wan"))
-    if list(RESULTS.glob("recovery-*.json")):
-        lines += recovery(newest("recovery"))
+    for name, table in (("recovery", recovery), ("goodput", goodput), ("checkpoint", checkpoints)):
+        if list(RESULTS.glob(f"{name}-*.json")):
+            lines += table(newest(name))
     return "\n".join(lines) + "\n"
 
 
@@ -120,8 +121,44 @@ def recovery(found: dict[str, Any]) -> list[str]:
         "|---|---|---|---|",
     ]
     for name, case in found["results"].items():
-        seconds = [range_of(case[what], 1) for what in ("noticed_s", "others_wait_s", "back_s")]
-        lines.append(f"| {name} | {' | '.join(seconds)} |")
+        if "back_s" in case:
+            seconds = [range_of(case[what], 1) for what in ("noticed_s", "others_wait_s", "back_s")]
+            lines.append(f"| {name} | {' | '.join(seconds)} |")
+    gone = [f"`{name}` {range_of(case['gone_s'], 1)} s" for name, case in found["results"].items() if "gone_s" in case]
+    return [*lines, "", f"Until nothing of a run is left: {', '.join(gone)}."]
+
+
+def goodput(found: dict[str, Any]) -> list[str]:
+    """What faults leave of the speed."""
+    ways = found["results"]
+    lines = [
+        "",
+        "| useful samples per second, of the run without faults: a fault every | geotrain | plain DDP, restarted |",
+        "|---|---|---|",
+    ]
+    for mean in (name for name in ways["geotrain"] if name != "undisturbed"):
+        ours, theirs = (ways[name][mean]["of undisturbed"] for name in ("geotrain", "plain DDP"))
+        lines.append(f"| {mean} | {ours:.2f} | {theirs:.2f} |")
+    return lines
+
+
+def checkpoints(found: dict[str, Any]) -> list[str]:
+    """What a checkpoint costs."""
+    lines = [
+        "",
+        "| a checkpoint every 10 s | training waits, s | `torch.save` waits, s | steps per second, of those without | with `torch.save` |",
+    ]
+    lines.append("|---|---|---|---|---|")
+    for size, case in found["results"].items():
+        if isinstance(case, dict):
+            waits, speed = case["stall_s"], case["steps / steps without a checkpoint"]
+            cells = [
+                range_of(waits["staged"], 3),
+                range_of(waits["torch.save"], 2),
+                range_of(speed["staged"]),
+                range_of(speed["torch.save"]),
+            ]
+            lines.append(f"| {size} | {' | '.join(cells)} |")
     return lines
 
 

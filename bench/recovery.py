@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import tempfile
 import threading
 import time
@@ -11,7 +12,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bench.measure import ROOT, spread, write
+import psutil
+
+from bench.measure import GEOTRAIN, ROOT, spread, write
 from geotrain.job import load_job
 from geotrain.report.ledger import ledger
 from geotrain.run import Run
@@ -67,8 +70,33 @@ def measure(fault: str) -> dict[str, float | bool]:
         }
 
 
+def stopping(*how: str) -> float:
+    """Seconds from `geotrain stop` until the run's process and all that it started are gone."""
+    with tempfile.TemporaryDirectory() as folder:
+        changes = {"output.url": folder, "registry": None, "train.epochs": 1000, "schedule.segment_rounds": 60}
+        pairs = [word for key, value in changes.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+        quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": ROOT}
+        running = subprocess.Popen([*GEOTRAIN, "run", "deployments/jobs/digits-3-regions.yaml", *pairs], **quiet)
+        while not list(Path(folder).glob("*/checkpoints/*/manifest.json")):
+            time.sleep(0.1)
+        started = psutil.Process(running.pid).children(recursive=True)
+        (run,) = (path.name for path in Path(folder).iterdir() if (path / "job.yaml").exists())
+        time.sleep(2.0)
+        began = time.monotonic()
+        asking = subprocess.Popen([*GEOTRAIN, "stop", run, "--runs", folder, *how], **quiet)
+        running.wait()
+        _, left = psutil.wait_procs(started, timeout=60)
+        assert not left, left
+        seconds = time.monotonic() - began
+        asking.wait()
+        return seconds
+
+
 def main() -> None:
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
+    for name, how in (("geotrain stop", ()), ("geotrain stop --force", ("--force",))):
+        results[name] = {"gone_s": spread([stopping(*how) for _ in range(TURNS)])}
+        print(f"{name:26} {results[name]}", flush=True)
     for fault in FAULTS:
         found = [measure(fault) for _ in range(TURNS)]
         names = ("noticed_s", "others_wait_s", "back_s")

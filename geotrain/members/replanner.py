@@ -107,8 +107,8 @@ class Replanner:
                     check_same_schema(found)
             probed = come.probe(inventory[0], self.folder.url)
         except GeotrainError as error:
-            self.folder.event("not_added", region=region, message=error.message)
             self._forget()
+            self.folder.event("not_added", region=region, message=error.message)
             return
         self.newcomer = Newcomer(region, job, come, inventory, probed)
         self.control.turn.set()

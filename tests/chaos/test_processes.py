@@ -227,12 +227,19 @@ def test_a_region_that_is_drained_leaves_in_peace(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["streaming", *(pytest.param(name, marks=pytest.mark.chaos) for name in ("ma", "asgd_ga"))])
-def test_a_region_comes_in(tmp_path: Path, strategy: str) -> None:
+def test_a_region_comes_in_and_one_that_cannot_is_told_why(tmp_path: Path, strategy: str) -> None:
     west = job_of(tmp_path, strategy).to_dict()["regions"][2]
     run = Run.start(job_of(tmp_path, strategy, regions=("north", "south"), train={"batch_size": 10, "epochs": 200, "seed": 3}))
-    summary = conduct(run, in_mid_run(lambda run: ask(run.folder.url, "add", region=west)))
-    (joined,) = events(run, "joined")
-    assert joined["region"] == "west"
+
+    def add(run: Run) -> None:
+        ask(run.folder.url, "add", region={**west, "name": "east", "data": {"train": str(tmp_path / "nothing-here")}})
+        while not events(run, "not_added"):
+            time.sleep(0.1)
+        ask(run.folder.url, "add", region=west)
+
+    summary = conduct(run, in_mid_run(add, round=20))
+    assert "region east: cannot list" in events(run, "not_added")[0]["message"]
+    assert [event["region"] for event in events(run, "joined")] == ["west"]
     assert not events(run, "lost")
     assert [region["region"] for region in summary["regions"]] == ["north", "south", "west"]
     assert summary["metrics"]["mse"] < 1.0
@@ -244,16 +251,6 @@ def test_a_region_comes_in(tmp_path: Path, strategy: str) -> None:
     assert west_rows[-1]["once"] == west_rows[-1]["rows"], "to the end of the epochs that were there already"
     again = Run(run.folder.job(), run.folder)
     assert [region.name for region in again.job.regions] == ["north", "south", "west"], "who resumes knows of it"
-
-
-def test_a_region_that_cannot_come_in_is_told_why_and_the_run_goes_on(tmp_path: Path) -> None:
-    west = job_of(tmp_path, "ma").to_dict()["regions"][2]
-    west["data"]["train"] = str(tmp_path / "nothing-here")
-    run = Run.start(job_of(tmp_path, "ma", regions=("north", "south"), train={"batch_size": 10, "epochs": 100, "seed": 3}))
-    summary = conduct(run, in_mid_run(lambda run: ask(run.folder.url, "add", region=west)))
-    (told,) = events(run, "not_added")
-    assert "region west" in told["message"]
-    assert [region["region"] for region in summary["regions"]] == ["north", "south"]
 
 
 def test_a_region_that_becomes_slow_gets_more_workers(tmp_path: Path) -> None:
