@@ -89,8 +89,8 @@ def each_region(run: Run, task: Task[..., Any], *args: Any, regions: Sequence[st
 def stops_in_order(run: Run) -> Iterator[None]:
     """The first SIGINT or SIGTERM lets training drain and checkpoint; a second one, or one at any other time, ends at once.
 
-    After the drain a SIGTERM is passed on to Prefect, unless the command line began the run: so a run cancelled in the UI ends
-    as Cancelled, by Prefect's own hand.
+    After a drain the flow ends as Cancelled by its own answer. A SIGTERM that found nothing to drain is passed on to Prefect, unless the
+    command line began the run.
     """
     came: list[int] = []
 
@@ -109,5 +109,5 @@ def stops_in_order(run: Run) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        if signal.SIGTERM in came and not run.handed_over:
+        if signal.SIGTERM in came and run.control.abort.is_set() and not run.handed_over:
             signal.raise_signal(signal.SIGTERM)

@@ -160,7 +160,7 @@ def test_a_flow_run_cancelled_drains_and_the_next_that_resumes_continues_its_run
         return [one["state"]["type"] for one in ask(api, f"{kind}/filter", {"flow_runs": of, "limit": 200})]
 
     me = {"id": {"any_": [flow["id"]]}}
-    assert until(lambda: [kind for kind in state("flow_runs", me) if kind not in ("RUNNING", "CANCELLING")]) == ["CANCELLED"]
+    assert until(lambda: [kind for kind in state("flow_runs", me) if kind not in ("RUNNING", "CANCELLING")]) == ["CANCELLED"], "at once"
     assert not {"RUNNING", "PENDING"} & set(state("task_runs", me))
     (run,) = runs.iterdir()
     lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
