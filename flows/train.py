@@ -78,6 +78,7 @@ def train_and_publish(run: Run) -> dict[str, Any]:
 
 
 def ended(run: Run, stopped: Stopped) -> State[Any]:
-    """A stopped run is Cancelled, and says how to go on."""
+    """A stopped run is Cancelled, and says how to go on. Raises RunTaken where it was stopped because another process has taken it."""
+    run.charge.check()
     run.stopped()
     return Cancelled(message=str(stopped))

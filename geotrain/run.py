@@ -488,7 +488,7 @@ class Run:
             samples=self.accounts.samples,
             parent=self.warm_start.number if self.warm_start else None,
             metrics=self.metrics,
-            totals=self.accounts.totals,
+            totals={region: dict(sums) for region, sums in self.accounts.totals.items()},  # as they are now: it is written later
             parts=tuple(self.membership.parts_of_absent({part.region for part in done})),
         )
         self.commits.begin(manifest, {part.region: (part.life, part.staging) for part in done}, self._check_abort)

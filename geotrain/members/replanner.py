@@ -65,7 +65,10 @@ class Replanner:
     def plan_again(
         self, plan: Plan, job: JobSpec, inventory: Mapping[str, Inventory], round: int, samples: int, newcomer: Newcomer | None
     ) -> Plan:
-        """The plan from `round` on; the old one where nothing calls for another. `newcomer`: in the job and the inventory already."""
+        """The plan from `round` on; the old one where nothing calls for another.
+
+        `inventory`: of the regions that belong to the run. `newcomer`: in the job and the inventory already.
+        """
         job = job.with_links(self.links.measured())
         measured, self._measured = self._measured, {}
         if newcomer is not None or measured:
@@ -75,7 +78,10 @@ class Replanner:
                     Offer(d.kind, d.count, d.usd_per_hour, d.samples_per_s or newcomer.probed.samples_per_s)
                     for d in job.region(newcomer.region).devices
                 ]
-            made = remake(plan, job, inventory, offers, round, samples)
+            there = job.model_copy(update={"regions": tuple(region for region in job.regions if region.name in inventory)})
+            made = remake(plan, there, inventory, offers, round, samples)
+            left = tuple(region for region in plan.regions if region.region not in inventory)
+            made = replace(made, regions=(*made.regions, *left))
             if workers_of(made) != workers_of(plan):
                 return made
             speeds = {region.region: region.samples_per_s for region in made.regions}  # as many workers as before

@@ -87,6 +87,7 @@ def test_a_process_that_is_known_to_have_ended_is_not_waited_for(holders: Make, 
     monkeypatch.setattr(charge, "gone", lambda holder: True)
     monkeypatch.setattr(charge, "LEASE_S", 1e9)
     second.take()
+    assert second.number == first.number + 1
 
 
 def test_of_many_at_once_one_succeeds(url: str, holders: Make) -> None:
