@@ -18,7 +18,17 @@ from geotrain.charge import Charge
 from geotrain.checkpoint import Manifest, StoredPart
 from geotrain.clusters import RegionCluster, open_cluster, quiet_dask
 from geotrain.data.inventory import Inventory, check_same_schema
-from geotrain.errors import BadCheckpoint, ClusterError, Diverged, GeotrainError, JobError, NonFiniteLoss, NothingToResume, Stopped
+from geotrain.errors import (
+    BadCheckpoint,
+    ClusterError,
+    ClusterTooSmall,
+    Diverged,
+    GeotrainError,
+    JobError,
+    NonFiniteLoss,
+    NothingToResume,
+    Stopped,
+)
 from geotrain.job import JobSpec, RegionSpec
 from geotrain.members.accounts import Accounts
 from geotrain.members.commits import Commits
@@ -28,7 +38,7 @@ from geotrain.members.replanner import Newcomer, Replanner, workers_of
 from geotrain.members.tally import Tally
 from geotrain.metrics import add_sums, means
 from geotrain.partition.orders import Place, Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder
-from geotrain.partition.partition import Control, Partition
+from geotrain.partition.partition import WORKERS_CHECK_S, Control, Partition
 from geotrain.plan.planner import Plan, UpdateSize, make_plan
 from geotrain.plan.power import Offer
 from geotrain.report.board import Board
@@ -61,6 +71,8 @@ class Run:
         self.partitions: dict[str, Partition] = {}
         self.plan: Plan | None = None
         self._membership: Membership | None = None
+        self._coming: list[str] = []
+        """Regions that are to take their first seat."""
         self._epoch = 0
         """No view is older."""
         self.round = 0
@@ -84,7 +96,7 @@ class Run:
         self._ticket = 1
         self._spoilt: set[str] = set()
         """Regions that came back in this segment from rounds that ended in a NaN."""
-        self._flushed_at = 0.0
+        self._flushed_at = self._looked_at = 0.0
         self._closed = False
         self._lock = threading.Lock()
 
@@ -156,6 +168,8 @@ class Run:
         if error is not None:
             self._note_end(error)
         self.commits.close()
+        if self._membership is not None:
+            self._membership.close()
         self.replanner.close()
         closers = [threading.Thread(target=self._close, args=(name,)) for name in self._clusters]
         for closer in closers:
@@ -171,20 +185,28 @@ class Run:
             self.folder.event("asked_to_leave", region=more["region"])
             self.leaving.add(more["region"])
             self.control.turn.set()
-        elif what == "add" and self.training:
-            name = more["region"].get("name")
-            self.folder.event("asked_to_come", region=name)
-            try:
-                job = self.job.with_region(more["region"])
-            except ValueError as error:
-                self.folder.event("not_added", region=name, message=str(error))
-                return
-            self.replanner.prepare(job, name, dict(self.inventory), self._partition)
+        elif what == "add":
+            self._asked_to_add(more["region"])
         elif what == "stop" and self.training:
             self.board.enter("stopping: draining the round and writing a checkpoint")
             self.control.stop.set()
         elif what in ("stop", "force", "lost"):
             self.control.abort.set()
+
+    def _asked_to_add(self, region: Mapping[str, Any]) -> None:
+        name = str(region.get("name"))
+        self.folder.event("asked_to_come", region=name)
+        why = "" if self.training else "the run does not train at the moment"
+        if self.job.sync.topology == "owners":
+            why = "with topology: owners the model would be cut anew: stop the run and begin another from its model"
+        try:
+            job = self.job.with_region(region)
+        except ValueError as error:
+            why = str(error)
+        if why:
+            self.folder.event("not_added", region=name, message=why)
+            return
+        self.replanner.prepare(job, name, dict(self.inventory), self._partition)
 
     def _note_end(self, error: BaseException) -> None:
         if isinstance(error, Stopped) or not isinstance(error, Exception):
@@ -305,7 +327,12 @@ class Run:
         partition = self.partition(region)
         workers = self.plan.region(region).workers
         self.board.status(region, f"waiting for {workers} worker{'s' * (workers > 1)}")
-        partition.scale(workers)
+        try:
+            partition.scale(workers)
+        except ClusterTooSmall:
+            if not self.seats_change:
+                raise
+            partition.regroup(workers, 0.0)  # it goes on with those that it has, and takes in more when they come
         self.board.status(region, "building the model")
         view, part = self.membership.roster.view, self.resumed.part(region) if self.resumed else None
         late = self.resumed is not None and (part is None or part.round != self.round)
@@ -370,6 +397,8 @@ class Run:
         self.control.abort.clear()
         self._membership = None
         self._take_up(before)
+        assert self.plan is not None
+        self.folder.write_json("plan.json", self.plan.to_dict())
         return True
 
     def _take_up(self, manifest: Manifest) -> None:
@@ -413,6 +442,10 @@ class Run:
         """All regions must begin with one model; then it is settled how each leader reaches the others. Raises ModelMismatch."""
         self.membership.introduce(seats, self.in_every_region, self.round)
         self.seats_change = False
+        for name in self._coming:  # with a seat: from here on who resumes the run needs it
+            self.folder.write("job.yaml", yaml.safe_dump(self.job.to_dict(), sort_keys=False))
+            self.folder.event("joined", region=name, round=self.round)
+        self._coming.clear()
 
     def segments_left(self) -> Iterator[int]:
         """Numbers of the segments still to train; they count from 1. One that ended early comes again."""
@@ -474,6 +507,7 @@ class Run:
         if len(rounds) != 1 or (isinstance(self.strategy, Merging) and len(set(hashes.values())) != 1):
             raise Diverged(max(rounds), hashes)
         self.round = rounds.pop()
+        self.commits.settle(self._check_parts)  # of the segment before: its manifest has the parts of those that are away
         for part in done:
             self.accounts.segment(part)
         for region, samples in self.membership.rows_made_up().items():
@@ -491,7 +525,7 @@ class Run:
             totals={region: dict(sums) for region, sums in self.accounts.totals.items()},  # as they are now: it is written later
             parts=tuple(self.membership.parts_of_absent({part.region for part in done})),
         )
-        self.commits.begin(manifest, {part.region: (part.life, part.staging) for part in done}, self._check_abort)
+        self.commits.begin(manifest, {part.region: (part.life, part.staging) for part in done}, self._check_parts)
         facts = {"metrics": self.metrics, "hashes": hashes, "samples": manifest.samples}
         self.folder.event("segment", segment=segment, round=self.round, stall_s=max(part.stall_s for part in done), **facts)
         self.folder.flush(must=False)
@@ -505,22 +539,29 @@ class Run:
 
     def _between_segments(self, short: Sequence[str], *, over: bool) -> None:
         """What needs the checkpoint. One that was lost with a region is made up for by the next segment's."""
-        self.commits.settle(self._check_abort)
+        self.commits.settle(self._check_parts)
         if self.commits.last is None or self.commits.last.round != self.round:
             return
+        self.control.turn.clear()
         for region in sorted(self.leaving & set(self.regions)):
             self._part_with(region)
-        self.control.turn.clear()
-        if not over:
+        if not over and not self.control.stop.is_set():
             self._replan()
         if self.seats_change:
             return
         if short := [region for region in short if region in self.present]:
             self.in_every_region(self.membership.take_in_workers, self._seat_order, regions=short)
 
-    def _check_abort(self) -> None:
+    def _check_parts(self) -> None:
+        """While a checkpoint is waited for: nobody else looks at the workers then. Raises Stopped."""
         if self.control.abort.is_set():
             raise Stopped(self.id)
+        if time.monotonic() - self._looked_at < WORKERS_CHECK_S:
+            return
+        self._looked_at = time.monotonic()
+        for region in self.commits.awaited:
+            if not self.partitions[region].leader_is_there():
+                self.commits.lost(region)
 
     def _part_with(self, region: str) -> None:
         """A region leaves in peace: what it learned is in the checkpoint."""
@@ -539,6 +580,8 @@ class Run:
         assert self.plan is not None
         if set(self.present) != set(self.regions):
             return  # who is away could take no other seat
+        if self.left and self.job.sync.topology == "owners":
+            return  # the parts of the model that its owners merge stay as they are
         if (newcomer := self.replanner.newcomer) is not None:
             self._take_in(newcomer)
         trained = {region: self.inventory[region][0] for region in self.regions}
@@ -547,9 +590,6 @@ class Run:
             return
         self.folder.write_json("plan.json", self.plan.to_dict())
         self.board.rounds = self.plan.rounds
-        if newcomer is not None:
-            self.folder.write("job.yaml", yaml.safe_dump(self.job.to_dict(), sort_keys=False))
-            self.folder.event("joined", region=newcomer.region, round=self.round)
         workers = {name: [workers_of(before).get(name, 0), count] for name, count in workers_of(self.plan).items()}
         per_hour = [sum(region.usd_per_round for region in plan.regions) / plan.round_s * 3600 for plan in (before, self.plan)]
         changed = {"every": [before.chosen.every, self.plan.chosen.every], "exchange_s": [before.exchange_s, self.plan.exchange_s]}
@@ -563,6 +603,8 @@ class Run:
     def _take_in(self, newcomer: Newcomer) -> None:
         """A region belongs to the run from here on."""
         name, self.job = newcomer.region, newcomer.job
+        self.left.discard(name)
+        self._coming.append(name)
         self.partitions[name], self.inventory[name] = newcomer.partition, newcomer.inventory
         self._clusters[name] = Future()
         self._clusters[name].set_result(newcomer.partition.cluster)

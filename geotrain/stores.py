@@ -39,8 +39,9 @@ def patiently(do: Callable[[], T], over: threading.Event | None = None, patience
         try:
             return do()
         except STORE_ERRORS as error:
-            if not may_pass(error) or time.monotonic() - began > patience_s or over.wait(pause):
+            if not may_pass(error) or time.monotonic() - began > patience_s or over.is_set():
                 raise
+            over.wait(pause)  # once it is set there is one more try
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
 

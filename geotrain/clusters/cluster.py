@@ -21,6 +21,8 @@ _STARTING = threading.Lock()
 
 CONNECT_S = 30.0
 GROW_S = 120.0
+SHRINK_S = 30.0
+"""For workers that are too many to go."""
 GROW_MARGIN_S = 10.0
 """Time that any cluster gets, when its own pace is not known."""
 
@@ -48,9 +50,11 @@ class RegionCluster:
         if self.cluster is not None and len(self.workers()) != workers:
             self.cluster.scale(workers)
         began = time.monotonic()
-        while len(found := self.workers()) < workers:
+        while len(found := self.workers()) != workers:
             waited = time.monotonic() - began
-            if waited > (GROW_S if self.cluster is not None else GROW_MARGIN_S):
+            if len(found) > workers and (self.cluster is None or waited > SHRINK_S):
+                break
+            if len(found) < workers and waited > (GROW_S if self.cluster is not None else GROW_MARGIN_S):
                 raise ClusterTooSmall(self.region, workers, len(found), waited)
             time.sleep(0.1)
         return found[:workers]

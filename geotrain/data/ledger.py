@@ -67,7 +67,8 @@ def account(groups: Sequence[RowGroup], seatings: Sequence[Seating], *, seed: in
     void: dict[int, int] = {}
     again: dict[int, set[int]] = {}
     discarded: dict[int, int] = {}
-    away: set[int] = set()
+    away = set(range(seatings[0].cursor["epoch"])) if seatings else set()
+    """Epochs, to begin with those before the region came."""
     end = 0
     for number, seating in enumerate(seatings):
         until = min((later.round for later in seatings[number + 1 :]), default=None)

@@ -379,6 +379,8 @@ class JobSpec(Spec):
 
     def with_links(self, measured: Mapping[str, tuple[float, float]]) -> "JobSpec":
         """The job with what was measured, `tokyo>virginia` -> (Mbit/s, round trip in ms), in the place of what was believed."""
+        if not measured:
+            return self
         pairs = {}
         for pair, (mbit_per_s, rtt_ms) in measured.items():
             source, _, target = pair.partition(">")

@@ -40,7 +40,7 @@ class Commits:
         self.failed: Callable[[], None] = lambda: None
         """Called when a checkpoint cannot be written."""
         self._under_way: _UnderWay | None = None
-        self._told: dict[tuple[str, Staging], StoredPart] = {}
+        self._told: dict[tuple[str, Staging], StoredPart | OutputUnwritable] = {}
         self._error: GeotrainError | None = None
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -61,8 +61,14 @@ class Commits:
             if (stored := message.get("stored")) is not None:
                 self._told[region, (message["life"], message["staging"])] = StoredPart(**stored)
             elif (why := message.get("unwritten")) is not None:
-                self._fail(OutputUnwritable(*why))
+                self._told[region, (message["life"], message["staging"])] = OutputUnwritable(*why)
             self._changed.notify_all()
+
+    @property
+    def awaited(self) -> list[str]:
+        """Regions whose parts are still to be written."""
+        with self._changed:
+            return [] if self._under_way is None else [region for region in self._under_way.wanted if not self._has_written(region)]
 
     def lost(self, region: str) -> None:
         """A region's seat is gone: what it has not written by now is never written, and the checkpoint before stays the last."""
@@ -73,7 +79,10 @@ class Commits:
                 self._changed.notify_all()
 
     def settle(self, aborted: Callable[[], None]) -> None:
-        """Wait until no checkpoint is under way. `aborted`: raises when nobody is to wait any longer. Raises OutputUnwritable, RunTaken."""
+        """Wait until no checkpoint is under way. `aborted`: called meanwhile; raises when nobody is to wait any longer.
+
+        Raises OutputUnwritable, RunTaken.
+        """
         while self._thread is not None and self._thread.is_alive():
             aborted()
             self._thread.join(0.05)
@@ -106,7 +115,11 @@ class Commits:
                 self._changed.wait()
             if way is None:
                 return
-            parts = [self._told[region, at] for region, at in way.wanted.items()]
+            told = [self._told[region, at] for region, at in way.wanted.items()]
+        if errors := [one for one in told if isinstance(one, OutputUnwritable)]:
+            self._fail(errors[0])
+            return
+        parts = [one for one in told if isinstance(one, StoredPart)]
         manifest = replace(way.manifest, parts=(*parts, *way.manifest.parts))
         try:
             self.check()

@@ -1,4 +1,4 @@
-"""A checkpoint that nobody was left to commit: the flow's process died, and the regions ended their segment without it."""
+"""Checkpoints that nobody was left to commit: the flow's process died, and the regions ended their segment without it."""
 
 import json
 import time
@@ -12,30 +12,30 @@ from geotrain.stores import open_url
 
 
 def commit_late(folder: RunFolder, last: Manifest | None, regions: Sequence[str], *, agree: bool) -> Manifest | None:
-    """Commit the newest checkpoint for which every region that was in wrote its part; None when there is none beyond `last`.
+    """Commit, one after the other, the checkpoints after `last` for which every region that was in wrote its part; returns the newest.
 
-    `agree`: the strategy leaves all regions with the same parameters, and that is checked. What was sent over the WAN in that segment
-    is in no total.
+    None when there is none. `agree`: the strategy leaves all regions with the same parameters, and that is checked. What was sent over
+    the WAN in those segments is in no total.
     """
-    present = [part.region for part in last.parts if part.round == last.round and part.region in regions] if last else list(regions)
     fs, path = open_url(join(folder.url, "checkpoints"))
     folders = sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False)) if fs.exists(path) else []
-    for name in reversed(folders):
-        if last is not None and int(name) <= last.round:
-            return None
-        notes = [join(folder.url, "checkpoints", name, f"{region}.done.json") for region in present]
-        if not all(fs.exists(join(path, name, f"{region}.done.json")) for region in present):
+    newest = last
+    for name in folders:
+        if newest is not None and int(name) <= newest.round:
             continue
-        told = [json.loads(read_bytes(note)) for note in notes]
+        written = [region for region in regions if fs.exists(join(path, name, f"{region}.done.json"))]
+        present = [part.region for part in newest.parts if part.round == newest.round and part.region in regions] if newest else regions
+        if not set(present) <= set(written):
+            continue
+        told = [json.loads(read_bytes(join(folder.url, "checkpoints", name, f"{region}.done.json"))) for region in written]
         done = [SegmentDone.from_dict(note["done"]) for note in told]
         if {part.round for part in done} != {int(name)} or (agree and len({part.sha256 for part in done}) != 1):
             continue
-        manifest = _manifest(folder.run, last, done, [StoredPart(**note["part"]) for note in told])
-        commit(folder.url, manifest)
+        newest = _manifest(folder.run, newest, done, [StoredPart(**note["part"]) for note in told])
+        commit(folder.url, newest)
         _make_up_rounds(folder, done)
-        folder.event("segment", segment=manifest.segment, round=manifest.round, metrics=manifest.metrics, late=True)
-        return manifest
-    return None
+        folder.event("segment", segment=newest.segment, round=newest.round, metrics=newest.metrics, late=True)
+    return newest if newest is not last else None
 
 
 def _make_up_rounds(folder: RunFolder, done: Sequence[SegmentDone]) -> None:

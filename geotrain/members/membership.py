@@ -1,6 +1,7 @@
 """Membership: regions are lost and come back while the others train. Who notices, what is told to whom, and where each goes on."""
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from geotrain.checkpoint import Manifest, StoredPart
 from geotrain.errors import BadCheckpoint, ClusterError, ClusterUnreachable, GeotrainError, ModelMismatch, PeerUnreachable, Stopped
 from geotrain.job import JobSpec
 from geotrain.members.commits import Commits
-from geotrain.members.cuts import Cuts
+from geotrain.members.cuts import Cuts, Pair, to_leave
 from geotrain.members.roster import Roster
 from geotrain.members.tally import Tally
 from geotrain.partition.orders import Directory, Place, SeatOrder, SeatTaken
@@ -21,6 +22,8 @@ from geotrain.sync.messages import View
 
 REPLACED_S = 3.0
 """How long a cluster gets to replace a worker before the region goes on with those that are left."""
+LOOK_AGAIN_S = 5.0
+"""Between two looks at who reaches whom, while somebody is silent."""
 AGAIN_S = 1.0
 """Between two attempts to bring a region back."""
 
@@ -63,8 +66,10 @@ class Membership:
         self.cuts = Cuts(plan.give_up_s)
         self._cut_off: dict[str, list[str]] = {}
         """Region -> those that cannot reach it."""
-        self._left_at: dict[str, str] = {}
-        """Region -> where its last endpoint was."""
+        self._left_at: dict[str, tuple[str, set[Pair]]] = {}
+        """Region -> where its last endpoint was, and the links from and to it that were dialled then."""
+        self._looking: threading.Thread | None = None
+        self._looked_at = -LOOK_AGAIN_S
         self._lock = threading.RLock()
         """Of who is in, and where they are."""
         self._seating = threading.Lock()
@@ -156,10 +161,36 @@ class Membership:
         self.tally.heard(region, rounds, message.get("settled", {}))
         if "silent" in message:
             self.cuts.heard(region, message["silent"])
-            for gone, others in self.cuts.to_leave(self.present).items():
-                if gone not in self._cut_off:
-                    self._cut_off[gone] = others
-                    self.partitions[gone].tell_abort()
+            looking = self._looking is not None and self._looking.is_alive()
+            if self.cuts.suspected(self.present) and not looking and time.monotonic() - self._looked_at > LOOK_AGAIN_S:
+                self._looked_at = time.monotonic()
+                self._looking = threading.Thread(target=self._look, args=(self.roster.view,), name="geotrain-links", daemon=True)
+                self._looking.start()
+
+    def _look(self, view: View) -> None:
+        """Which leaders can dial each other now; who cannot be reached by the others is told to end."""
+        flights, addresses = self._flights(view.regions), dict(self._addresses)
+        cut: set[Pair] = set()
+        for region in view.regions:
+            there = {b: addresses[b]["flight"] for a, b in flights if a == region and b in addresses}
+            try:
+                cut |= {(region, b) for b, why in self.partitions[region].reach(there).items() if why}
+            except ClusterUnreachable:
+                continue  # it is being lost otherwise
+        if self.roster.view.epoch != view.epoch:
+            return
+        for gone, others in to_leave(cut, view.regions).items():
+            self._cut_off[gone] = others
+            self.partitions[gone].tell_abort()
+
+    def _flights(self, regions: Sequence[str]) -> set[Pair]:
+        """The links between these that are dialled."""
+        return {(a, b) for a in regions for b in regions if self.directory.ways.get(f"{a}>{b}") == "flight"}
+
+    def close(self) -> None:
+        """At the end of the run."""
+        if self._looking is not None:
+            self._looking.join()
 
     def cut_off(self, region: str) -> GeotrainError | None:
         """Why a region's leader was told to end, if it cannot be reached by others."""
@@ -168,15 +199,16 @@ class Membership:
         return PeerUnreachable(", ".join(others), region, self._addresses.get(region, {}).get("flight", "its address"), "silence")
 
     def _heals(self, region: str) -> bool:
-        """Whether a region that was cut off and those that are in can dial each other again."""
+        """Whether a region that was cut off and those that are in can dial each other again, where they could before."""
+        address, before = self._left_at[region]
+        to = {b: self._addresses[b]["flight"] for a, b in before if a == region and "flight" in self._addresses.get(b, {})}
+        back = [a for a, b in before if b == region and a in self.present]
         try:
-            there = {other: ways["flight"] for other, ways in self._addresses.items() if "flight" in ways and other in self.present}
-            if any(self.partitions[region].reach(there).values()):
+            if any(self.partitions[region].reach(to).values()):
                 return False
-            here = {region: self._left_at[region]}
-            return not any(self.partitions[other].reach(here)[region] for other in there)
+            return not any(self.partitions[other].reach({region: address})[region] for other in back)
         except ClusterUnreachable:
-            return False
+            return True  # its process, or another, is gone: the way back is that of any other loss
 
     def end(self, region: str, ticket: int, view: View) -> bool:
         """At a segment's end; False: the view has changed, and the region must enter again."""
@@ -189,9 +221,12 @@ class Membership:
         self.commits.lost(region)
         with self._lock:
             self.cuts.forget(region)
+            before = self.present
             view = self.roster.lose(region)
-            if (address := self._addresses.pop(region, {}).get("flight")) is not None:
-                self._left_at[region] = address
+            if not isinstance(error, PeerUnreachable):
+                self._cut_off.pop(region, None)
+            address = self._addresses.pop(region, {}).get("flight", "")
+            self._left_at[region] = address, {pair for pair in self._flights(before) if region in pair}
             self._behind.discard(region)
             self._lost_since.setdefault(region, round)
             self.folder.event("lost", region=region, message=error.message)
@@ -207,6 +242,7 @@ class Membership:
             if not view.regions:
                 self.commits.settle(lambda: None)  # all that is still to come is the manifest
                 back_to = self.rolled_back(self.manifest)
+                self._made_up.clear()
                 self.tally.back_to(back_to)
                 self._lost_since = dict.fromkeys(self._lost_since, back_to)
                 self.folder.event("rolled_back", round=back_to, why="no region was left that holds what came later")

@@ -112,9 +112,10 @@ class Replanner:
                 if found := [one for both in (*known.values(), inventory) if (one := both[split])]:
                     check_same_schema(found)
             probed = come.probe(inventory[0], self.folder.url)
-        except GeotrainError as error:
+        except Exception as error:  # whatever it was, somebody waits for an answer
             self._forget()
-            self.folder.event("not_added", region=region, message=error.message)
+            why = error.message if isinstance(error, GeotrainError) else f"{type(error).__name__}: {error}"
+            self.folder.event("not_added", region=region, message=why)
             return
         self.newcomer = Newcomer(region, job, come, inventory, probed)
         self.control.turn.set()

@@ -21,6 +21,7 @@ from geotrain.sync.messages import View
 POLL_S = 0.1
 WORKERS_CHECK_S = 2.0
 TELL_S = 5.0
+REACH_S = 60.0
 SETTLE_S = 5.0
 """After a failure, how long the region's other workers get to say what happened to them."""
 
@@ -180,7 +181,8 @@ class Partition:
     def reach(self, addresses: dict[str, str]) -> dict[str, str | None]:
         """Region -> why the leader cannot dial it at this address, None where it can; beside what it does. Raises ClusterUnreachable."""
         try:
-            answers = self.client.run(beside, "reach", self.control.run, self.region, addresses, workers=self.workers[:1])
+            words = "reach", self.control.run, self.region, addresses
+            answers = self.client.sync(self.client._run, beside, *words, workers=self.workers[:1], callback_timeout=REACH_S)
         except CLIENT_ERRORS as error:
             raise ClusterUnreachable(self.region, str(self.client.scheduler), f"trying the links: {error}") from error
         answer: dict[str, str | None] = answers[self.workers[0]]
@@ -199,12 +201,20 @@ class Partition:
     def _ask_leader(self, doing: str, name: str, *args: Any) -> Any:
         return self._await([self._submit(self.workers[0], name, self.control.run, self.region, *args)], doing)[0]
 
+    def leader_is_there(self) -> bool:
+        """Whether the leader's process is one that the cluster knows."""
+        try:
+            return self.workers[0] in self.client.nthreads()
+        except CLIENT_ERRORS:
+            return False
+
     def vacate(self) -> None:
         """Give up the seats, to take others."""
         for thread in self._telling:
             thread.join()
+        words = "leave", self.control.run, self.region
         with suppress(*CLIENT_ERRORS):
-            self.client.run(on_worker, "leave", self.control.run, self.region, workers=self.workers, on_error="ignore")
+            self.client.sync(self.client._run, on_worker, *words, workers=self.workers, on_error="ignore", callback_timeout=REACH_S)
 
     def leave(self) -> None:
         """Give up the seats, where they outlive the run, or objects in a mailbox do. What cannot be reached has nothing to give up."""

@@ -271,7 +271,9 @@ class Seat:
         """Be where the order says. Every worker of the region reads the part; only the leader keeps the exchange's state."""
         place, part = self.order.place, self.order.restore
         tensors, facts = self._load(part) if part is not None else ({}, {"round": 0, "cursor": None})
-        if place is not None:
+        if self.order.joins and place is None and part is None and self.order.pace is not None:
+            self._enter_midway(pace_since(self.order.pace, self.trainer.rows.steps_in))
+        elif place is not None:
             self.trainer.rows.restore(place.cursor, place.at)
         elif facts["cursor"] is not None:
             self.trainer.rows.restore(facts["cursor"])
@@ -280,6 +282,11 @@ class Seat:
             assert self.server is not None
             if part is not None:
                 self.server.replica.load_state(without_prefix("sync", tensors))
+
+    def _enter_midway(self, pace: Pace) -> None:
+        """Its first epoch is the one that the others are in: as much of its rows is to come as of theirs."""
+        epoch, left = pace.place(pace.since)
+        self.trainer.rows.seek(epoch, pace.steps_in(epoch) * max(0, pace.rounds_per_epoch - left) // pace.rounds_per_epoch)
 
     def _load(self, part: checkpoint.StoredPart) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """A part of a checkpoint, whose model and inner optimizer are taken. Raises BadCheckpoint."""

@@ -280,9 +280,11 @@ def remake(
         regions = tuple(replace(new, rounds_per_epoch=plan.regions[0].rounds_per_epoch) for new in fresh.regions)
         rounds, changed = change.rounds, _with_change(plan, change)
     left = (rounds - round) / fresh.rounds
+    same = {region.region for region in plan.regions} == {region.region for region in fresh.regions}
     return replace(
         fresh,
         regions=regions,
+        shares=plan.shares if same else fresh.shares,
         rounds=rounds,
         segment_rounds=plan.segment_rounds,
         seconds=round * plan.round_s + left * fresh.seconds,

@@ -8,10 +8,12 @@
 """
 
 import json
+import os
 import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -121,14 +123,7 @@ class RunFolder:
     def _add_lines(self, path: str, text: str) -> None:
         try:
             if self.appends:
-                with Path(path).open("a") as file:
-                    end = file.tell()
-                    try:
-                        file.write(text)
-                        file.flush()
-                    except OSError:  # a full disk takes a part of it
-                        file.truncate(end)
-                        raise
+                _append_whole(path, text.encode())
             else:
                 before = self._fs.cat_file(path).decode() if self._fs.exists(path) else ""
                 self._fs.pipe_file(path, (before + text).encode())
@@ -136,15 +131,26 @@ class RunFolder:
             raise OutputUnwritable("the flow", path, str(error)) from error
 
     def lines(self, name: str) -> Iterator[dict[str, Any]]:
-        """The records of a .jsonl file; a last line cut off by a crash is left out."""
+        """The records of a .jsonl file; a line cut off by a crash is left out."""
         path = join(self._path, name)
         if not self._fs.exists(path):
             return
         for line in self._fs.cat_file(path).decode().splitlines():
-            try:
+            with suppress(json.JSONDecodeError):
                 yield json.loads(line)
-            except json.JSONDecodeError:
-                return
+
+
+def _append_whole(path: str, content: bytes) -> None:
+    """All of it or nothing: a disk that becomes full takes a part. Raises OSError."""
+    with Path(path).open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            left = memoryview(content)
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            os.ftruncate(file.fileno(), end)
+            raise
 
 
 def list_runs(runs: str) -> list[RunFolder]:
