@@ -85,3 +85,8 @@ def test_steps_owed_from_the_epoch_before_belong_to_it() -> None:
 def test_a_round_that_ended_in_a_nan_is_discarded() -> None:
     found = account(GROUPS, [Seating(cursor(), 0, [RoundOfRows(0, 0, 5, 5, void=True), RoundOfRows(1, 0, 10, 5)])], **SETTINGS)
     assert [(one.counted, one.discarded, one.never) for one in found] == [(50, 50, 0)]
+
+
+def test_the_epochs_before_a_region_came_are_not_missed() -> None:
+    found = account(GROUPS, [Seating({**cursor(2), "used": [50]}, 0, rounds(5, 8))], **SETTINGS)
+    assert [(one.counted, one.away) for one in found] == [(0, True), (0, True), (50, True), (100, False)]

@@ -54,3 +54,9 @@ def test_where_no_worker_would_help_only_the_speed_is_believed(replanner: Replan
     assert workers_of(made) == workers_of(PLAN)
     assert made.region("paris").samples_per_s == pytest.approx(3.0)
     assert (made.rounds, made.changes) == (PLAN.rounds, ())
+
+
+def test_a_job_of_one_region_has_nothing_to_plan_again(replanner: Replanner) -> None:
+    alone = job(regions=[{"name": "paris", "data": {"train": "paris"}}])
+    plan = make_plan(alone, data(paris=400), {"paris": [cpu(1)]}, 1000)
+    assert replanner.plan_again(plan, alone, data(paris=400), 10, 1000, None) is plan
