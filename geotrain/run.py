@@ -48,7 +48,7 @@ from geotrain.sync.messages import View
 from geotrain.sync.strategy import Merging, strategy_of
 
 FLUSH_S = 1.0
-LEADERS_WAIT = 3.0
+LEADERS_WAIT = 5.0
 """Times the plan's give_up_s: by then the control plane has decided who goes on without whom."""
 
 

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from geotrain.checkpoint import Manifest, StoredPart
@@ -170,13 +171,16 @@ class Membership:
     def _look(self, view: View) -> None:
         """Which leaders can dial each other now; who cannot be reached by the others is told to end."""
         flights, addresses = self._flights(view.regions), dict(self._addresses)
-        cut: set[Pair] = set()
-        for region in view.regions:
+
+        def cut_from(region: str) -> set[Pair]:
             there = {b: addresses[b]["flight"] for a, b in flights if a == region and b in addresses}
             try:
-                cut |= {(region, b) for b, why in self.partitions[region].reach(there).items() if why}
+                return {(region, b) for b, why in self.partitions[region].reach(there).items() if why}
             except ClusterUnreachable:
-                continue  # it is being lost otherwise
+                return set()  # it is being lost otherwise
+
+        with ThreadPoolExecutor(max_workers=len(view.regions)) as threads:
+            cut = set().union(*threads.map(cut_from, view.regions))
         if self.roster.view.epoch != view.epoch:
             return
         for gone, others in to_leave(cut, view.regions).items():

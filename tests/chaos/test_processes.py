@@ -138,7 +138,7 @@ def test_one_of_two_workers_is_killed_and_replaced_at_the_next_segment(tmp_path:
     "strategy", ["ma", pytest.param("streaming", marks=pytest.mark.chaos), pytest.param("asgd_ga", marks=pytest.mark.chaos)]
 )
 def test_a_region_whose_links_are_cut_is_left_out_until_they_heal(tmp_path: Path, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("geotrain.plan.planner.LEAST_GIVE_UP_S", 2.0)
+    monkeypatch.setattr("geotrain.plan.planner.LEAST_GIVE_UP_S", 3.0)
     monkeypatch.setattr("geotrain.plan.planner.TRANSFER_MARGIN", 0.0)
     tree = job_of(tmp_path, strategy).to_dict()
     valves = {}
