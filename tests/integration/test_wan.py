@@ -176,7 +176,7 @@ def test_a_segment_that_ends_early_for_another_h_loses_no_row(tmp_path: Path) ->
             mbit = rates.pop(0)
             for source, target in (("north", "south"), ("south", "north")):
                 for updates in (1, 2):
-                    run.watch.heard(source, {target: {"updates": 1000 * len(rates) + updates, "bytes_per_s": mbit * 1e6 / 8}})
+                    run.replanner.links.heard(source, {target: {"updates": 1000 * len(rates) + updates, "bytes_per_s": mbit * 1e6 / 8}})
             run.control.turn.set()
 
     summary = conduct(run, before_segment=change)
