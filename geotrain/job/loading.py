@@ -18,15 +18,7 @@ def load_job(path: str, overrides: Mapping[str, Any] | None = None, *, fit_strat
 
     `fit_strategy`: leave out what the file's sync section says that the strategy laid over it does not know.
     """
-    file = Path(path)
-    try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise JobError(f"cannot read the job file {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise JobError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise JobError(f"{path} must hold a mapping with name, task, regions, train and sync")
+    tree = _read(path, "the job file", "a mapping with name, task, regions, train and sync")
     overrides = overrides or {}
     for key, value in overrides.items():
         _lay_over(tree, key, value)
@@ -38,24 +30,29 @@ def load_job(path: str, overrides: Mapping[str, Any] | None = None, *, fit_strat
         tree["sync"] = {
             key: value for key, value in tree["sync"].items() if known is None or key in known.model_fields or f"sync.{key}" in overrides
         }
-    return _resolved(parse_job(tree, path), file.resolve().parent)
+    return _resolved(parse_job(tree, path), Path(path).resolve().parent)
+
+
+def _read(path: str, what: str, holds: str) -> dict[str, Any]:
+    """A YAML file's mapping. Raises JobError."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise JobError(f"cannot read {what} {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise JobError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise JobError(f"{path} must hold {holds}")
+    return tree
 
 
 def load_region(path: str, job: JobSpec) -> JobSpec:
     """The job with one more region, from a file that holds what an entry of `regions` does. Raises JobError."""
-    file = Path(path)
-    try:
-        region = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise JobError(f"cannot read the region's file {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise JobError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(region, dict):
-        raise JobError(f"{path} must hold what an entry of a job's `regions` does: name, data, and what is not the default")
+    region = _read(path, "the region's file", "what an entry of a job's `regions` does: name, data, and what is not the default")
     if region.get("name") in [known.name for known in job.regions]:
         raise JobError(f"{path}: the job has a region '{region['name']}' already")
     tree = job.to_dict()
-    return _resolved(parse_job({**tree, "regions": [*tree["regions"], region]}, path), file.resolve().parent)
+    return _resolved(parse_job({**tree, "regions": [*tree["regions"], region]}, path), Path(path).resolve().parent)
 
 
 def parse_job(tree: Mapping[str, Any], source: str = "job") -> JobSpec:
