@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 
 from geotrain.errors import JobError
-from geotrain.job import load_job, parse_job
+from geotrain.job import load_job, load_region, parse_job
+from tests.making import points_job
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted([*ROOT.glob("deployments/jobs/*.yaml"), ROOT / "geotrain/template/job.yaml", *ROOT.glob("bench/jobs/*.yaml")])
@@ -154,3 +155,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_what_does_not_go_together_is_refused_with_the_reason(sync: dict[str, Any], reason: str) -> None:
     with pytest.raises(JobError, match=reason):
         parse_job(tree(sync=sync))
+
+
+def test_a_region_comes_from_a_file_of_its_own(tmp_path: Path) -> None:
+    job, file = points_job(tmp_path), tmp_path / "west.yaml"
+    file.write_text("name: west\ndata: {train: rows}\n")
+    wider = load_region(str(file), job)
+    assert [region.name for region in wider.regions] == ["north", "south", "west"]
+    assert wider.region("west").data.train == str(tmp_path / "rows"), "paths are relative to the file"
+    file.write_text("name: south\ndata: {train: rows}\n")
+    with pytest.raises(JobError, match="has a region 'south' already"):
+        load_region(str(file), job)
+    file.write_text("- west\n")
+    with pytest.raises(JobError, match="what an entry of a job's `regions` does"):
+        load_region(str(file), job)
+    with pytest.raises(JobError, match="cannot read the region's file"):
+        load_region(str(tmp_path / "nowhere.yaml"), job)
