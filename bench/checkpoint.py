@@ -20,7 +20,7 @@ SIZES = {"45 MB": (45e6, 1024, 16), "1 GB": (1e9, 4096, 1)}
 """Bytes of parameters, width of a layer, rows of a batch."""
 SEGMENT_S = 10.0
 """The default of `schedule.segment_s`."""
-TURNS = 3
+TURNS = 5
 
 
 class Training:
@@ -65,7 +65,7 @@ def measure(size: str) -> dict[str, Any]:
             return time.monotonic() - began
 
         ways: dict[str, Callable[[], float]] = {"nothing": lambda: 0.0, "staged": staged, "torch.save": saved}
-        training.segment(staged)  # the first takes fresh memory
+        first_stall_s, _ = training.segment(staged)  # takes fresh memory, once in a seat's life
         training.segment(saved)
         stalls: dict[str, list[float]] = {name: [] for name in ways}
         speeds: dict[str, list[float]] = {name: [] for name in ways}
@@ -79,6 +79,7 @@ def measure(size: str) -> dict[str, Any]:
         reads = {"verified": lambda: checkpoint.read_part(part), "torch.load": lambda: torch.load(f"{folder}/plain.pt")}
         return {
             "stall_s": {name: spread(stalls[name]) for name in ("staged", "torch.save")},
+            "first stall_s": first_stall_s,
             "stall of a segment": {name: spread([s / SEGMENT_S for s in stalls[name]]) for name in ("staged", "torch.save")},
             "steps / steps without a checkpoint": {
                 name: spread([a / b for a, b in zip(speeds[name], speeds["nothing"], strict=True)]) for name in ("staged", "torch.save")

@@ -5,6 +5,7 @@ No manifest, no checkpoint. Tensors are kept by name in safetensors; what is not
 
 import contextlib
 import hashlib
+import itertools
 import json
 import threading
 from collections.abc import Mapping
@@ -16,6 +17,19 @@ from geotrain.stores import PATIENCE_S, STORE_ERRORS, open_url, patiently, write
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+SAFETENSORS_NAMES = {
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.int64": "I64",
+    "torch.int32": "I32",
+    "torch.int16": "I16",
+    "torch.int8": "I8",
+    "torch.uint8": "U8",
+    "torch.bool": "BOOL",
+}
 
 # torch is imported where tensors are touched: manifests are read and committed in the flow's process, which has none.
 
@@ -60,7 +74,7 @@ def join(url: str, *names: str) -> str:
     return "/".join([url.rstrip("/"), *names])
 
 
-def write_bytes(who: str, url: str, content: bytes, *, over: threading.Event | None = None) -> None:
+def write_bytes(who: str, url: str, content: bytes | bytearray, *, over: threading.Event | None = None) -> None:
     """Write a whole object; on a local disk by rename, so that it is there whole or not at all. Raises OutputUnwritable.
 
     `over`: a store that fails for a while is waited for, until this is set; without it the first failure counts.
@@ -79,16 +93,31 @@ def read_bytes(url: str) -> bytes:
     return content
 
 
-def copied(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
-    """As they are now, in memory of their own."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+def pack(tensors: Mapping[str, "Tensor"], facts: Mapping[str, Any] | None = None, into: bytearray | None = None) -> bytearray:
+    """Tensors as they are now, and JSON-able facts as metadata: a safetensors file. `into`: memory to use again, of an earlier one.
 
+    The library's own serializer holds the interpreter lock and takes fresh memory each time: training stood still for seconds a gigabyte.
+    """
+    import torch
 
-def tensors_to_bytes(tensors: Mapping[str, "Tensor"], facts: Mapping[str, Any] | None = None) -> bytes:
-    """A safetensors file of tensors that share no memory, with JSON-able facts in its metadata."""
-    from safetensors.torch import save
-
-    return bytes(save(dict(tensors), metadata={"geotrain": json.dumps(dict(facts or {}), sort_keys=True)}))
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that every tensor is aligned
+    header: dict[str, Any] = {"__metadata__": {"geotrain": json.dumps(dict(facts or {}), sort_keys=True)}}
+    ends = list(itertools.accumulate(tensor.nbytes for _, tensor in ordered))
+    for (name, tensor), end in zip(ordered, ends, strict=True):
+        dtype = SAFETENSORS_NAMES[str(tensor.dtype)]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [end - tensor.nbytes, end]}
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    begin = 8 + len(head)
+    size = begin + (ends[-1] if ends else 0)
+    image = into or bytearray(size)
+    del image[size:]
+    image += bytes(size - len(image))
+    image[:begin] = len(head).to_bytes(8, "little") + head
+    body = torch.frombuffer(image, dtype=torch.uint8)[begin:]
+    for (_, tensor), end in zip(ordered, ends, strict=True):
+        body[end - tensor.nbytes : end] = tensor.detach().reshape(-1).view(torch.uint8)
+    return image
 
 
 def tensors_from_bytes(content: bytes) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
@@ -113,7 +142,11 @@ def write_part(
     over: threading.Event | None = None,
 ) -> StoredPart:
     """Write one region's state before a round. `facts` must be JSON-able; `over` as in `write_bytes`. Raises OutputUnwritable."""
-    content = tensors_to_bytes(tensors, facts)
+    return write_packed(region, url, round, pack(tensors, facts), over)
+
+
+def write_packed(region: str, url: str, round: int, content: bytearray, over: threading.Event | None = None) -> StoredPart:
+    """The same of what `pack` made."""
     write_bytes(f"region {region}", url, content, over=over)
     return StoredPart(region, url, hashlib.sha256(content).hexdigest(), len(content), round)
 

@@ -49,7 +49,7 @@ def is_local(fs: Any) -> bool:
     return "file" in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)
 
 
-def write_whole(fs: Any, path: str, content: bytes) -> None:
+def write_whole(fs: Any, path: str, content: bytes | bytearray) -> None:
     """Write an object so that it is there whole or not at all: on a local disk by rename. Raises one of STORE_ERRORS."""
     if not is_local(fs):  # elsewhere folders are no things, and a bucket that is not there must not be made by accident
         fs.pipe_file(path, content)

@@ -307,7 +307,7 @@ class Seat:
 
     def write_model(self, url: str) -> int:
         """Write the model for the registry; returns its bytes."""
-        content = checkpoint.tensors_to_bytes(checkpoint.copied(self.trainer.flat.state_dict()))
+        content = checkpoint.pack(self.trainer.flat.state_dict())
         checkpoint.write_bytes(f"region {self.order.region}", url, content)
         return len(content)
 

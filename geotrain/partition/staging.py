@@ -22,6 +22,8 @@ class Stager:
         self.region, self.tell = region, tell
         self.number = 0
         """Of the last staging."""
+        self._image = bytearray()
+        """Memory of the last staging."""
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -33,7 +35,8 @@ class Stager:
         began = time.monotonic()
         self._join()
         self.number += 1
-        self._staged = folder, round, checkpoint.copied(tensors), dict(facts)
+        self._image = checkpoint.pack(tensors, facts, into=self._image)
+        self._staged = folder, round
         return time.monotonic() - began
 
     def write(self, done: Mapping[str, Any]) -> None:
@@ -42,11 +45,11 @@ class Stager:
         del self._staged
         self._thread.start()
 
-    def _write(self, folder: str, round: int, tensors: dict[str, Tensor], facts: dict[str, Any], done: Mapping[str, Any]) -> None:
+    def _write(self, folder: str, round: int, done: Mapping[str, Any]) -> None:
         number, began = self.number, time.monotonic()
         try:
             url = checkpoint.join(folder, f"{self.region}.safetensors")
-            part: StoredPart = checkpoint.write_part(self.region, url, round, tensors, facts, over=self._closing)
+            part: StoredPart = checkpoint.write_packed(self.region, url, round, self._image, self._closing)
             note = json.dumps({"done": done, "part": asdict(part)}).encode()
             checkpoint.write_bytes(f"region {self.region}", checkpoint.join(folder, f"{self.region}.done.json"), note, over=self._closing)
         except Exception as error:  # whatever it was, a checkpoint waits for this part
