@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from bench.measure import GEOTRAIN, ROOT, spread, write
+from bench.measure import GEOTRAIN, ROOT, make_data, spread, write
 from geotrain.job import load_job
 from geotrain.report.ledger import ledger
 from geotrain.run import Run
@@ -22,6 +22,14 @@ from tests.making import conduct
 
 TURNS = 3
 VICTIM = "virginia"
+
+
+def data() -> dict[str, str]:
+    """Overrides of the shipped job."""
+    folder = make_data("digits", "3")
+    return {
+        f"regions.{path.name}.data.{split}": str(path / split) for path in folder.iterdir() if path.is_dir() for split in ("train", "eval")
+    }
 
 
 def pid_of(run: Run, worker: int) -> int:
@@ -41,6 +49,7 @@ def measure(fault: str) -> dict[str, float | bool]:
     """Seconds of one run with one fault in its second segment."""
     with tempfile.TemporaryDirectory() as folder:
         overrides: dict[str, Any] = {
+            **data(),
             "output.url": folder,
             "registry": None,
             "train.epochs": 30,
@@ -73,11 +82,12 @@ def measure(fault: str) -> dict[str, float | bool]:
 def stopping(*how: str) -> float:
     """Seconds from `geotrain stop` until the run's process and all that it started are gone."""
     with tempfile.TemporaryDirectory() as folder:
-        changes = {"output.url": folder, "registry": None, "train.epochs": 1000, "schedule.segment_rounds": 60}
+        changes = {**data(), "output.url": folder, "registry": None, "train.epochs": 1000, "schedule.segment_rounds": 60}
         pairs = [word for key, value in changes.items() for word in ("--set", f"{key}={json.dumps(value)}")]
         quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": ROOT}
         running = subprocess.Popen([*GEOTRAIN, "run", "deployments/jobs/digits-3-regions.yaml", *pairs], **quiet)
         while not list(Path(folder).glob("*/checkpoints/*/manifest.json")):
+            assert running.poll() is None, "the run has ended"
             time.sleep(0.1)
         started = psutil.Process(running.pid).children(recursive=True)
         (run,) = (path.name for path in Path(folder).iterdir() if (path / "job.yaml").exists())

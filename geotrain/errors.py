@@ -163,6 +163,12 @@ class WorkerHangs(ClusterError):
     remedy = "it was ended; look at its log and at that machine, then `geotrain resume`"
 
 
+class WorkerLeaves(ClusterError):
+    fields = ("region", "worker")
+    says = "region {region}: worker {worker} was told to end (SIGTERM), and has left in peace; no other is there"
+    remedy = "nothing: the region comes back with its next worker"
+
+
 class QuorumLost(ClusterError):
     fields = ("left", "quorum", "waited_s")
     says = "{left} regions are left, {quorum} are needed, and none came back within {waited_s:.0f} s"

@@ -87,6 +87,10 @@ class Run:
         """Between the first segment and the last: a request to stop waits for a checkpoint."""
         self.leaving: set[str] = set()
         """Regions that are to leave at the end of the segment."""
+        self._noticed: dict[str, set[str]] = {}
+        """Region -> its workers that have been told that their machines are taken away."""
+        self._unseated: dict[str, GeotrainError] = {}
+        """Regions that got no seat when all took theirs anew, and why."""
         self.published: tuple[registry.Version, str] | None = None
         self.handed_over = False
         """Begun by the command line, which also ends it."""
@@ -258,6 +262,10 @@ class Run:
         if self._membership is not None:
             self._membership.heard(region, message)
         self.commits.heard(region, message)
+        if (worker := message.get("notice")) is not None:
+            self.folder.event("notice", region=region, worker=worker)
+            self._noticed.setdefault(region, set()).add(worker)
+            self.control.turn.set()
         if self.training and self.plan is not None and region in self.regions:
             self.replanner.heard(region, message, self.job, self.plan)
         if "event" in message:
@@ -320,8 +328,22 @@ class Run:
         measured = self.probed[region.name].samples_per_s
         return [Offer(d.kind, d.count, d.usd_per_hour, d.samples_per_s or measured) for d in region.devices]
 
-    def provision(self, region: str) -> SeatTaken:
-        """Scale a region's cluster to the plan and seat its workers. Raises ClusterTooSmall, TaskError."""
+    def provision(self, region: str) -> SeatTaken | None:
+        """Scale a region's cluster to the plan and seat its workers.
+
+        None, in mid-run: its workers are lost at the moment, or it is a newcomer that cannot take its seat. Raises ClusterError, TaskError.
+        """
+        try:
+            return self._seat(region)
+        except Stopped:
+            raise
+        except GeotrainError as error:
+            if not self.seats_change or not (region in self._coming or isinstance(error, ClusterError)):
+                raise
+            self._unseated[region] = error
+            return None
+
+    def _seat(self, region: str) -> SeatTaken:
         assert self.plan is not None
         self.board.enter("scaling clusters and building the model")
         partition = self.partition(region)
@@ -378,9 +400,10 @@ class Run:
             place=place,
         )
 
-    def seats(self, provision_all: Callable[[], list[SeatTaken]]) -> list[SeatTaken]:
+    def seats(self, provision_all: Callable[[], list[SeatTaken | None]]) -> list[SeatTaken | None]:
         """All regions' seats; where a part of the checkpoint turns out to be damaged, as of the one before. Raises BadCheckpoint."""
         while True:
+            self._unseated.clear()
             try:
                 return provision_all()
             except BadCheckpoint as error:
@@ -438,10 +461,24 @@ class Run:
         """The regions that are in, in the order of the job."""
         return tuple(region for region in self.regions if region in self.membership.present)
 
-    def introduce(self, seats: Sequence[SeatTaken]) -> None:
-        """All regions must begin with one model; then it is settled how each leader reaches the others. Raises ModelMismatch."""
-        self.membership.introduce(seats, self.in_every_region, self.round)
+    def introduce(self, seats: Sequence[SeatTaken | None]) -> None:
+        """All regions must begin with one model; then it is settled how each leader reaches the others.
+
+        A region without a seat is lost from the beginning; a newcomer without one does not come in. Raises ModelMismatch, and in mid-run
+        what kept the last region from its seat.
+        """
+        unseated, self._unseated = self._unseated, {}
+        if not any(seats):
+            raise next(iter(unseated.values()))
+        self.membership.introduce([seat for seat in seats if seat is not None], self.in_every_region, self.round)
         self.seats_change = False
+        for region, error in unseated.items():
+            if region in self._coming:
+                self._coming.remove(region)
+                self.folder.event("not_added", region=region, message=error.message)
+                self._part_with(region)
+            else:
+                self.membership.lost(region, error, self.round)
         for name in self._coming:  # with a seat: from here on who resumes the run needs it
             self.folder.write("job.yaml", yaml.safe_dump(self.job.to_dict(), sort_keys=False))
             self.folder.event("joined", region=name, round=self.round)
@@ -533,7 +570,8 @@ class Run:
         self._spoilt.clear()
         over = self.round >= self.plan.rounds or self._goal_reached(self.metrics)
         short = [] if over else self.membership.short_of_workers()
-        if over or short or self.leaving or self.replanner.waits or self.control.stop.is_set() or self.control.turn.is_set():
+        changes = short or self.leaving or self._noticed or self.replanner.waits
+        if over or changes or self.control.stop.is_set() or self.control.turn.is_set():
             self._between_segments(short, over=over)
         return over
 
@@ -547,9 +585,12 @@ class Run:
             self._part_with(region)
         if not over and not self.control.stop.is_set():
             self._replan()
-        if self.seats_change:
+        if self.seats_change or over or self.control.stop.is_set():
             return
-        if short := [region for region in short if region in self.present]:
+        noticed, self._noticed = self._noticed, {}
+        for region in sorted(noticed.keys() & set(self.present)):
+            self.membership.let_go(region, noticed[region], self._seat_order)
+        if short := [region for region in short if region in self.present and region not in noticed]:
             self.in_every_region(self.membership.take_in_workers, self._seat_order, regions=short)
 
     def _check_parts(self) -> None:

@@ -12,8 +12,10 @@ from tasks import artifacts
 
 
 @task(task_run_name="provision[{region}]", cache_policy=NO_CACHE)
-def provision(run: Run, region: str) -> SeatTaken:
-    taken = run.provision(region)
+def provision(run: Run, region: str) -> SeatTaken | None:
+    if (taken := run.provision(region)) is None:
+        get_run_logger().warning("%s: no seat", region)
+        return None
     get_run_logger().info("%s: leader %s on %s, dashboard %s", region, taken.worker, taken.device, run.partition(region).cluster.dashboard)
     return taken
 

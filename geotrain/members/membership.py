@@ -2,12 +2,21 @@
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from geotrain.checkpoint import Manifest, StoredPart
-from geotrain.errors import BadCheckpoint, ClusterError, ClusterUnreachable, GeotrainError, ModelMismatch, PeerUnreachable, Stopped
+from geotrain.errors import (
+    BadCheckpoint,
+    ClusterError,
+    ClusterUnreachable,
+    GeotrainError,
+    ModelMismatch,
+    PeerUnreachable,
+    Stopped,
+    WorkerLeaves,
+)
 from geotrain.job import JobSpec
 from geotrain.members.commits import Commits
 from geotrain.members.cuts import Cuts, Pair, to_leave
@@ -96,7 +105,7 @@ class Membership:
         self._first = first
         self._addresses = {seat.region: seat.wan for seat in seats}
         names = [seat.region for seat in seats]
-        self._tried = dict(zip(names, in_every_region(self._try_links), strict=True))
+        self._tried = dict(zip(names, in_every_region(self._try_links, regions=names), strict=True))
         self.directory = self._directory(self.roster.view)
         for region, dialled in self._tried.items():
             for to, why in dialled.items():
@@ -104,7 +113,7 @@ class Membership:
                 self.folder.event("link", region=region, to=to, transport=way, why=why or "the leader can dial it")
         for seat in seats:
             self._seated(seat)
-        if self.manifest is not None and any((part := self.manifest.part(name)) is None or part.round != round for name in names):
+        if self.manifest is not None and any((part := self.manifest.part(name)) is None or part.round != round for name in self.present):
             self.roster.begin_again()
         self.folder.flush()
 
@@ -121,7 +130,7 @@ class Membership:
         there = {
             other: self._addresses[other]["flight"]
             for other in others_with_a_choice(self.job, region)
-            if "flight" in self._addresses[other]
+            if "flight" in self._addresses.get(other, {})
         }
         return self.partitions[region].reach(there) if there else {}
 
@@ -284,10 +293,20 @@ class Membership:
                 found.append(region)
         return found
 
-    def take_in_workers(self, region: str, make_order: MakeOrder) -> None:
-        """Between two segments: workers that came in the place of lost ones get a seat. The region begins the next from its checkpoint."""
+    def let_go(self, region: str, workers: Collection[str], make_order: MakeOrder) -> None:
+        """Between two segments: workers whose machines are taken away leave. Where no other is there the region is away until one is."""
         assert self.manifest is not None
-        self.board.status(region, "taking in a worker")
+        others = self.partitions[region].let_go(workers)
+        self.folder.event("worker_left", region=region, workers=sorted(workers))
+        if others:
+            self.take_in_workers(region, make_order)
+        else:
+            self.lost(region, WorkerLeaves(region, ", ".join(sorted(workers))), self.manifest.round)
+
+    def take_in_workers(self, region: str, make_order: MakeOrder) -> None:
+        """Between two segments: the workers that are there now get a seat. The region begins the next from its checkpoint."""
+        assert self.manifest is not None
+        self.board.status(region, "seating its workers anew")
         try:
             self.partitions[region].regroup(self.plan.region(region).workers, 0.0)
             alone = len(self.present) == 1

@@ -1,4 +1,4 @@
-"""The functions that Dask is given. They import the seat where they run, so that neither flow nor scheduler imports torch."""
+"""The functions that Dask is given. They import what they call where they run, so that neither flow nor scheduler imports torch."""
 
 import asyncio
 import importlib
@@ -6,9 +6,9 @@ from typing import Any
 
 
 def on_worker(name: str, *args: Any) -> Any:
-    """Call a function on this worker: one of geotrain.partition.seat, or `module:name` of another module there."""
+    """Call a function on this worker: one of geotrain.partition.worker, or `module:name` of another module there."""
     module, _, function = name.rpartition(":")
-    return getattr(importlib.import_module(f"geotrain.partition.{module or 'seat'}"), function)(*args)
+    return getattr(importlib.import_module(f"geotrain.partition.{module or 'worker'}"), function)(*args)
 
 
 async def beside(name: str, *args: Any) -> Any:

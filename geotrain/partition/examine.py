@@ -14,7 +14,7 @@ from geotrain.errors import GeotrainError, MailboxUnusable, TaskError
 from geotrain.job import JobSpec
 from geotrain.partition.endpoint import Endpoint
 from geotrain.partition.orders import Directory, Finding, Measured, Verdict
-from geotrain.partition.seat import survey
+from geotrain.partition.probing import survey
 from geotrain.stores import STORE_ERRORS
 from geotrain.sync.messages import Kind, Update
 from geotrain.wan import certs

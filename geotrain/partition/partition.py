@@ -3,7 +3,7 @@
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from typing import Any
@@ -51,7 +51,8 @@ class Partition:
         self.workers: list[str] = []
         """Addresses of the workers with a seat; the leader's first."""
         self._listener = listener
-        self._hung: set[str] = set()
+        self._unusable: set[str] = set()
+        """Workers that hung, or are about to end."""
         self._telling: list[threading.Thread] = []
         self._sign_at: float | None = None
         """When the leader last said that it makes steps, or why it makes none; None: it does something else."""
@@ -88,7 +89,7 @@ class Partition:
     def survey(self) -> tuple[Inventory, Inventory | None]:
         """Training and held-out inventory, read by one worker. Raises DataError, TaskImportError, ClusterError."""
         self.cluster.ship(self.job.code)
-        answer: tuple[Inventory, Inventory | None] = self._call("reading the footers", "survey", self.job, self.region)
+        answer: tuple[Inventory, Inventory | None] = self._call("reading the footers", "probing:survey", self.job, self.region)
         return answer
 
     def ask(self, name: str, *args: Any) -> Any:
@@ -97,7 +98,7 @@ class Partition:
 
     def probe(self, train: Inventory, output: str) -> Probed:
         """Speed of one worker on this task. Raises TaskError, DataError, OutputUnwritable."""
-        answer: Probed = self._call("the probe", "probe", self.job, self.region, train, output)
+        answer: Probed = self._call("the probe", "probing:probe", self.job, self.region, train, output)
         return answer
 
     def scale(self, workers: int) -> None:
@@ -129,7 +130,7 @@ class Partition:
             return False
 
     def _usable(self) -> list[str]:
-        return [worker for worker in self.cluster.workers() if worker not in self._hung]
+        return [worker for worker in self.cluster.workers() if worker not in self._unusable]
 
     def take_seats(self, order: Callable[[int, int, str | None], SeatOrder]) -> SeatTaken:
         """Seat every worker; `order` makes the order for (rank, workers, rendezvous). Returns the leader's answer."""
@@ -140,6 +141,8 @@ class Partition:
             self._submit(worker, "take_seat", order(rank, len(self.workers), rendezvous)) for rank, worker in enumerate(self.workers)
         ]
         leader: SeatTaken = self._await(futures, "building the model")[0]
+        with suppress(*CLIENT_ERRORS):
+            self.client.sync(self.client._run, on_worker, "heed_notices", workers=self.workers, on_error="ignore", callback_timeout=TELL_S)
         return leader
 
     def train(self, order: SegmentOrder, hangs_after_s: float) -> SegmentDone:
@@ -212,9 +215,24 @@ class Partition:
         """Give up the seats, to take others."""
         for thread in self._telling:
             thread.join()
+        self._take_back(self.workers)
+
+    def let_go(self, workers: Collection[str]) -> bool:
+        """These have been told that their machines are taken away: they give up their seats, and are not used again.
+
+        False: the cluster has no other worker.
+        """
+        self._unusable.update(workers)
+        self._take_back(list(workers))
+        try:
+            return bool(self._usable())
+        except CLIENT_ERRORS:
+            return False
+
+    def _take_back(self, workers: list[str]) -> None:
         words = "leave", self.control.run, self.region
         with suppress(*CLIENT_ERRORS):
-            self.client.sync(self.client._run, on_worker, *words, workers=self.workers, on_error="ignore", callback_timeout=REACH_S)
+            self.client.sync(self.client._run, on_worker, *words, workers=workers, on_error="ignore", callback_timeout=REACH_S)
 
     def leave(self) -> None:
         """Give up the seats, where they outlive the run, or objects in a mailbox do. What cannot be reached has nothing to give up."""
@@ -234,7 +252,7 @@ class Partition:
                 time.sleep(POLL_S)
             if silent := [worker for worker, answer in answers.items() if answer.status == "pending"]:
                 self._cancel([answers[worker] for worker in silent])
-                self._hung.update(silent)
+                self._unusable.update(silent)
                 self.client.restart_workers(silent, timeout=SETTLE_S, raise_for_error=False)
 
     def _submit(self, worker: str, name: str, *args: Any) -> Future:

@@ -40,6 +40,10 @@ class Reporter:
         """At once, from any thread."""
         self._worker.log_event(self.topic, {**message, "life": self.life})
 
+    def notice(self) -> None:
+        """This worker's machine is about to be taken away."""
+        self.say({"notice": self._worker.address})
+
     def close(self) -> None:
         """The last inner step of a segment is made; what follows takes its time."""
         self.flush(closing=True)

@@ -1,53 +1,38 @@
-"""A seat: one worker process's place in a run, resident between segments. What runs on workers by `calls.on_worker` stands at the end."""
+"""A seat: one worker process's place in a run, resident between segments."""
 
-import itertools
-import socket
 import time
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from queue import SimpleQueue
 from typing import Any
 
-import torch
 from distributed import get_worker
 from distributed.worker import thread_state
 from torch import Tensor
 
 from geotrain import checkpoint
-from geotrain.data.batches import Reader, record_batches
-from geotrain.data.inventory import Inventory, take_inventory
-from geotrain.data.leases import LeaseBook
-from geotrain.errors import BadCheckpoint, JobError, Stopped, TaskFailed, WorkerLost
-from geotrain.job import JobSpec
+from geotrain.errors import BadCheckpoint, Stopped
 from geotrain.partition.adapt import BitsAdapter
+from geotrain.partition.building import make_trainer, seat_replica
 from geotrain.partition.endpoint import Endpoint
-from geotrain.partition.flat import FlatModel, sha256
-from geotrain.partition.group import Alone, Directive, Group, Together
-from geotrain.partition.memory import keep_freed_memory
-from geotrain.partition.orders import Directory, Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder
+from geotrain.partition.flat import sha256
+from geotrain.partition.group import Directive
+from geotrain.partition.orders import Directory, SeatOrder, SeatTaken, SegmentDone, SegmentOrder
 from geotrain.partition.progress import Reporter
 from geotrain.partition.server import ParameterServer, Totals
 from geotrain.partition.staging import Stager
 from geotrain.partition.state import load_optimizer_state, optimizer_state, prefixed, without_prefix
-from geotrain.partition.trainer import TASK_FAULTS, Rows, Trainer, evaluate
-from geotrain.plan.bits import Bits
+from geotrain.partition.trainer import evaluate
 from geotrain.stores import STORE_ERRORS
-from geotrain.sync.codec import FP32
-from geotrain.sync.feedback import coding_of
-from geotrain.sync.fragments import Fragment, make_fragments
 from geotrain.sync.machine import outside, round_machine
-from geotrain.sync.messages import Kind, Update, View
+from geotrain.sync.messages import View
 from geotrain.sync.pace import Pace, pace_since
 from geotrain.sync.progress import Progress
-from geotrain.sync.replica import AnyReplica, MergeReplica, choose_codecs, replica_of
-from geotrain.sync.sparse import Table, TouchedRows
-from geotrain.sync.strategy import Merging, Pushing, Strategy, provisional, strategy_of
-from geotrain.task import TrainingTask, load_task
+from geotrain.sync.replica import AnyReplica, MergeReplica, choose_codecs
+from geotrain.sync.strategy import strategy_of
 from geotrain.wan.transport import Identity, model_digest
 
-PROBE_S = 1.0
 UNOBSERVED_S = 60.0
 """Nothing trains for longer when the control plane is gone: a seat ends its segment early, or without a checkpoint after this."""
 LARGEST_PER_ELEMENT, LARGEST_EXTRA = 8, 64
@@ -315,66 +300,6 @@ class Seat:
         self._open.close()
 
 
-def make_trainer(job: JobSpec, region: str, train: Inventory, rank: int, world: int, rendezvous: str | None) -> Trainer:
-    """The task's model, flat, with its optimizer and its rows. Raises TaskImportError, TaskFailed, JobError."""
-    keep_freed_memory()
-    torch.set_num_threads(job.train.threads)
-    task = load_task(region, job.task, job.task_args)
-    torch.manual_seed(job.train.seed)
-    try:
-        flat = FlatModel(task.model(), device_of(job, region))
-        if world > 1:
-            flat.flatten_gradients()
-        optimizer = task.optimizer([p for p in flat.model.parameters() if p.requires_grad])
-    except TASK_FAULTS as error:
-        raise TaskFailed(region, "model or optimizer", f"{type(error).__name__}: {error}") from error
-    check_tables(job, flat.tables)
-    group: Group = Alone()
-    if rendezvous:
-        gpus = getattr(job.region(region).cluster, "gpus", ())
-        group = Together(rendezvous, rank, world, flat.vector.device, shared_device=len(set(gpus)) < len(gpus))
-    reader = Reader(job.region(region), list(task.columns))
-    rows = Rows(train.row_groups(), reader, job.train, rank, world, to_batch=batch_maker(region, task))
-    flat.model.train()
-    return Trainer(region, task, flat, optimizer, group, rows, job.train.precision, job.train.seed)
-
-
-def check_tables(job: JobSpec, tables: Sequence[Table]) -> None:
-    """Raises JobError where the job wants rows of embedding tables sent, and the model has no table."""
-    if job.sync.sparse_embeddings and not tables:
-        raise JobError("sync.sparse_embeddings: the model has no nn.Embedding, so every number would be sent: leave the key out")
-
-
-def batch_maker(region: str, task: TrainingTask) -> Callable[[Any], Any]:
-    """task.batch, whose failures name the region."""
-
-    def to_batch(rows: Any) -> Any:
-        try:
-            return task.batch(rows)
-        except TASK_FAULTS as error:
-            raise TaskFailed(region, "batch", f"{type(error).__name__}: {error}") from error
-
-    return to_batch
-
-
-def seat_replica(job: JobSpec, flat: FlatModel, strategy: Strategy, shares: Sequence[float], bits: Bits | None) -> AnyReplica:
-    """The replica of a model, cut into the strategy's fragments, with the codecs that the plan chose."""
-    fragments: tuple[Fragment, ...] = ()
-    if isinstance(strategy, Merging):
-        sizes = [slot.stop - slot.start for slot in flat.slots]
-        fragments = make_fragments(sizes, flat.parameters, strategy.turns, shares)
-    replica = replica_of(strategy, flat.vector, flat.parameters, coding_of(job.sync, flat.tables), len(job.regions), fragments)
-    if bits is not None:
-        choose_codecs(replica, bits.up, bits.down)
-    return replica
-
-
-def device_of(job: JobSpec, region: str) -> torch.device:
-    """CUDA where the region names a device that is not a CPU and this worker sees one."""
-    wants_gpu = any(device.kind != "cpu" for device in job.region(region).devices)
-    return torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")
-
-
 def dask_task_wanted() -> Callable[[], bool]:
     """Whether the scheduler still wants the Dask task in which this was called: it does not once the client is gone.
 
@@ -387,149 +312,3 @@ def dask_task_wanted() -> Callable[[], bool]:
         return task is not None and task.state != "cancelled"
 
     return wanted
-
-
-_SEATS: dict[tuple[str, str], Seat] = {}
-"""This process's seats, by run and region: the state that stays resident between segments."""
-
-
-def survey(job: JobSpec, region: str) -> tuple[Inventory, Inventory | None]:
-    """On any worker of a region: what data it has, for training and held out."""
-    spec = job.region(region)
-    task = load_task(region, job.task, job.task_args)
-    label = getattr(task, "label", None)
-    train = take_inventory(spec, spec.data.train, task.columns, label)
-    return train, take_inventory(spec, spec.data.eval, task.columns, label) if spec.data.eval else None
-
-
-def probe(job: JobSpec, region: str, train: Inventory, output: str) -> Probed:
-    """On one worker of a region: a second of training on its own rows, thrown away. Finds what is wrong before it costs."""
-    checkpoint.write_bytes(f"region {region}", checkpoint.join(output, ".writable", region), b"")
-    trainer = make_trainer(job, region, train, 0, 1, None)
-    book = LeaseBook(train.row_groups()[: job.train.mix_row_groups], seed=0, epoch=0, workers=1, mix=job.train.mix_row_groups)
-    batches = record_batches(book, 0, job.train.batch_size, trainer.rows.reader.read)
-    first = next(batches)
-    trainer.learn(trainer.rows.to_batch(first), 1.0).item()  # the first step is slower than those that follow
-    before, every = trainer.flat.vector.to("cpu", copy=True), provisional(job.sync).every
-    rows, touched, began = 0, before, time.monotonic()
-    for steps, batch in enumerate(itertools.chain(batches, itertools.repeat(first)), 1):
-        rows += batch.num_rows
-        trainer.learn(trainer.rows.to_batch(batch), 1.0).item()
-        if steps <= every and job.sync.sparse_embeddings:
-            touched = trainer.flat.vector.cpu() - before
-        if (seconds := time.monotonic() - began) > PROBE_S:
-            break
-    payload = payload_bytes(job, trainer.flat.vector.numel(), trainer.flat.parameters)
-    if isinstance(sparse := coding_of(job.sync, trainer.flat.tables).codec, TouchedRows):
-        payload = sparse.measure(touched)
-    full = FP32.wire_bytes(trainer.flat.vector.numel())
-    return Probed(region, rows / seconds, payload, full, work_seconds(job, trainer.flat), str(trainer.flat.vector.device))
-
-
-def work_seconds(job: JobSpec, flat: FlatModel) -> float:
-    """What one transfer of a whole update takes beside the wire: produced, checked at both ends, applied. Spoils the replica.
-
-    A merge is two transfers: what is contributed, and what comes back.
-    """
-    strategy = strategy_of(job.sync, len(job.regions))
-    if isinstance(strategy, Merging):
-        strategy = replace(strategy, turns=1, shards=1, quorum=None)
-    replica = replica_of(strategy, flat.vector, flat.parameters, coding_of(job.sync, flat.tables), len(job.regions))
-    seconds: list[float] = []
-    while len(seconds) < 2 or (sum(seconds) < PROBE_S and len(seconds) < 10):  # the first takes fresh memory
-        began = time.monotonic()
-        transfers, kind = (2, Kind.CONTRIBUTION) if isinstance(strategy, Merging) else (1, Kind.PUSH)
-        update = Update(kind, 0, "", len(seconds), samples=1)
-        payload = _checked(replica.produce(update))
-        if isinstance(strategy, Merging):
-            payload = _checked(replica.merge(replace(update, kind=Kind.MERGED), [(update, payload)])[0])
-        replica.apply(update, payload, 1.0)
-        seconds.append((time.monotonic() - began) / transfers)
-    return min(seconds)
-
-
-def _checked(payload: Tensor) -> Tensor:
-    """As a transport does it at both ends."""
-    zlib.crc32(payload.numpy().data)
-    arrived = payload.clone()
-    zlib.crc32(arrived.numpy().data)
-    return arrived
-
-
-def payload_bytes(job: JobSpec, elements: int, parameters: int) -> int:
-    """One update of a whole model, encoded."""
-    codec, strategy = coding_of(job.sync).codec, strategy_of(job.sync, len(job.regions))
-    if isinstance(strategy, Pushing) and strategy.sends == "parameters":
-        return codec.wire_bytes(elements)
-    return codec.wire_bytes(parameters) + FP32.wire_bytes(elements - parameters)
-
-
-def take_seat(order: SeatOrder) -> SeatTaken:
-    """Make this process's seat; one left over from an earlier attempt is closed first."""
-    leave(order.run, order.region)
-    seat = Seat(order)
-    _SEATS[order.run, order.region] = seat
-    return seat.taken()
-
-
-def train_segment(run: str, region: str, order: SegmentOrder) -> SegmentDone | None:
-    if (run, region) not in _SEATS:
-        raise WorkerLost(region, get_worker().address, "between two segments: its process was replaced")
-    seat = _SEATS[run, region]
-    done = seat.segment(order)
-    if seat.lapsed_at is not None:
-        leave(run, region)
-    return done
-
-
-def evaluate_seat(run: str, region: str) -> dict[str, tuple[float, float]]:
-    return _SEATS[run, region].evaluate()
-
-
-def reach(run: str, region: str, addresses: dict[str, str]) -> dict[str, str | None]:
-    """Where there is no seat, there is nobody to whom a link could be cut."""
-    return _SEATS[run, region].reach(addresses) if (run, region) in _SEATS else dict.fromkeys(addresses)
-
-
-def merge_fully(run: str, region: str, directory: Directory) -> tuple[str, dict[str, dict[str, Any]], float]:
-    return _SEATS[run, region].merge_fully(directory)
-
-
-def write_model(run: str, region: str, url: str) -> int:
-    return _SEATS[run, region].write_model(url)
-
-
-def ask_stop(run: str, region: str, ticket: int) -> None:
-    """Runs beside the segment: ask the leader to end it at the next round that all can agree on."""
-    if (run, region) in _SEATS:
-        _SEATS[run, region].stop_in = ticket
-
-
-def tell_view(run: str, region: str, view: View, directory: Directory) -> None:
-    """Runs beside the segment: who is in from now on."""
-    if (run, region) in _SEATS:
-        _SEATS[run, region].news.put((view, directory))
-
-
-def here() -> None:
-    """Answers as soon as the worker has nothing else to do."""
-
-
-def abort(run: str, region: str) -> None:
-    """Runs beside the segment: end it at once."""
-    if (run, region) in _SEATS:
-        _SEATS[run, region].aborted = True
-
-
-def leave(run: str, region: str) -> None:
-    """Give the seat up: threads, port and group."""
-    if (seat := _SEATS.pop((run, region), None)) is not None:
-        seat.close()
-
-
-def meeting_point() -> str:
-    """tcp://host:port on this worker where the region's workers can meet."""
-    host = str(get_worker().address).split("://")[1].rpartition(":")[0]
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as free:
-        free.bind((host, 0))
-        return f"tcp://{host}:{free.getsockname()[1]}"

@@ -14,8 +14,9 @@ from geotrain.data.inventory import Inventory, Shard, take_inventory
 from geotrain.errors import DataError, JobError
 from geotrain.job import JobSpec, MetricGoal, parse_job
 from geotrain.metrics import add_sums, means
+from geotrain.partition.building import check_tables, make_trainer, seat_replica
 from geotrain.partition.flat import FlatModel
-from geotrain.partition.seat import check_tables, make_trainer, payload_bytes, seat_replica
+from geotrain.partition.probing import payload_bytes
 from geotrain.partition.server import ParameterServer
 from geotrain.partition.trainer import evaluate
 from geotrain.plan.planner import Plan, UpdateSize, make_plan

@@ -9,7 +9,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import pytest
@@ -41,45 +41,70 @@ def end(process: subprocess.Popen[bytes]) -> None:
             child.kill()
 
 
-@pytest.fixture(scope="module")
-def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of a user whose server and worker are up and whose deployments are made."""
-    port = free_port()
-    api = f"http://127.0.0.1:{port}/api"
-    env = {
-        **os.environ,
-        "PWD": str(ROOT),
-        "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")),
-        "PREFECT_SERVER_API_PORT": str(port),
-        "PREFECT_API_URL": api,
-    }
-    log = (tmp_path_factory.mktemp("log") / "log").open("w")
+class Server:
+    """A Prefect server of the test's own, that can be ended and begun again."""
 
-    def start(*words: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([*PREFECT, *words], env=env, stdout=log, stderr=log, cwd=ROOT)
+    def __init__(self, home: Path, log: IO[str]) -> None:
+        self.log, port = log, free_port()
+        self.api = f"http://127.0.0.1:{port}/api"
+        self.env = {
+            **os.environ,
+            "PWD": str(ROOT),
+            "PREFECT_HOME": str(home),
+            "PREFECT_SERVER_API_PORT": str(port),
+            "PREFECT_API_URL": self.api,
+        }
+        self.process = self.start("server", "start")
 
-    def run(*words: str) -> None:
-        subprocess.run([*PREFECT, *words], env=env, check=True, stdout=log, stderr=log, cwd=ROOT, timeout=120)
+    def start(self, *words: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([*PREFECT, *words], env=self.env, stdout=self.log, stderr=self.log, cwd=ROOT)
 
-    server = start("server", "start")
-    worker = None
-    try:
+    def run(self, *words: str) -> None:
+        subprocess.run([*PREFECT, *words], env=self.env, check=True, stdout=self.log, stderr=self.log, cwd=ROOT, timeout=120)
+
+    def wait(self) -> None:
+        """Until it answers."""
         until = time.monotonic() + 120
         while True:
             try:
-                urllib.request.urlopen(f"{api}/health", timeout=2).close()
-                break
+                urllib.request.urlopen(f"{self.api}/health", timeout=2).close()
+                return
             except OSError:
                 assert time.monotonic() < until, "no Prefect server"
                 time.sleep(0.5)
-        run("work-pool", "create", "geotrain", "--type", "process")
-        run("--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml")
-        worker = start("worker", "start", "--pool", "geotrain")
-        yield env
-    finally:
-        for process in filter(None, (worker, server)):
-            end(process)
-        log.close()
+
+    def kill(self) -> None:
+        for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+
+    def begin_again(self) -> None:
+        self.process = self.start("server", "start")
+        self.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """With a worker, and the deployments made."""
+    with (tmp_path_factory.mktemp("log") / "log").open("w") as log:
+        server = Server(tmp_path_factory.mktemp("prefect"), log)
+        worker = None
+        try:
+            server.wait()
+            server.run("work-pool", "create", "geotrain", "--type", "process")
+            server.run("--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml")
+            worker = server.start("worker", "start", "--pool", "geotrain")
+            yield server
+        finally:
+            for process in filter(None, (worker, server.process)):
+                end(process)
+
+
+@pytest.fixture
+def prefect(server: Server) -> dict[str, str]:
+    """The environment of its user."""
+    return server.env
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +229,35 @@ def test_a_retry_by_prefect_continues_the_run(prefect: dict[str, str], overrides
         "resumed",
         "completed",
     ]
+
+
+TRAINS = """
+import json, sys
+from flows.train import geotrain_train
+geotrain_train(sys.argv[1], json.loads(sys.argv[2]))
+"""
+
+
+@pytest.mark.timeout(600)
+def test_a_server_that_is_killed_and_comes_back_in_mid_run_is_not_missed(server: Server, overrides: dict[str, Any], tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    longer = {**overrides, "output.url": str(runs), "registry": None, "train.epochs": 150, "schedule.segment_rounds": 40}
+    words = [sys.executable, "-c", TRAINS, "deployments/jobs/digits-3-regions.yaml", json.dumps(longer)]
+    flow = subprocess.Popen(words, env=server.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    until(lambda: list(runs.glob("*/checkpoints/*/manifest.json")))
+    (run,) = runs.iterdir()
+    server.kill()
+    done = len(list(run.glob("checkpoints/*/manifest.json")))
+    until(lambda: (run / "events.jsonl").read_text().count('"checkpoint"') > done + 1)  # they train without it
+    server.begin_again()
+    assert flow.wait(timeout=400) == 0
+    assert (run / "summary.json").exists()
+    (last,) = ask(server.api, "flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 1})
+    assert last["state"]["type"] == "COMPLETED"
+
+    def tasks() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = ask(server.api, "task_runs/filter", {"flow_runs": {"id": {"any_": [last["id"]]}}, "limit": 200})
+        return found
+
+    until(lambda: {task["state"]["type"] for task in tasks()} == {"COMPLETED"}, 60)  # they arrive after the flow's
+    assert len({task["name"] for task in tasks()}) == len(tasks()), "none was executed twice"

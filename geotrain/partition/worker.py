@@ -1,0 +1,96 @@
+"""What a worker does when it is told, by `calls.on_worker`: take its seat, train a segment, give the seat up."""
+
+import socket
+from typing import Any
+
+from distributed import get_worker
+
+from geotrain.errors import WorkerLost
+from geotrain.partition import notice
+from geotrain.partition.orders import Directory, SeatOrder, SeatTaken, SegmentDone, SegmentOrder
+from geotrain.partition.seat import Seat
+from geotrain.sync.messages import View
+
+_SEATS: dict[tuple[str, str], Seat] = {}
+"""This process's seats, by run and region: the state that stays resident between segments."""
+
+
+def take_seat(order: SeatOrder) -> SeatTaken:
+    """Make this process's seat; one left over from an earlier attempt is closed first."""
+    leave(order.run, order.region)
+    seat = Seat(order)
+    _SEATS[order.run, order.region] = seat
+    return seat.taken()
+
+
+def train_segment(run: str, region: str, order: SegmentOrder) -> SegmentDone | None:
+    if (run, region) not in _SEATS:
+        raise WorkerLost(region, get_worker().address, "between two segments: its process was replaced")
+    seat = _SEATS[run, region]
+    done = seat.segment(order)
+    if seat.lapsed_at is not None:
+        leave(run, region)
+    return done
+
+
+def evaluate_seat(run: str, region: str) -> dict[str, tuple[float, float]]:
+    return _SEATS[run, region].evaluate()
+
+
+def reach(run: str, region: str, addresses: dict[str, str]) -> dict[str, str | None]:
+    """Where there is no seat, there is nobody to whom a link could be cut."""
+    return _SEATS[run, region].reach(addresses) if (run, region) in _SEATS else dict.fromkeys(addresses)
+
+
+def merge_fully(run: str, region: str, directory: Directory) -> tuple[str, dict[str, dict[str, Any]], float]:
+    return _SEATS[run, region].merge_fully(directory)
+
+
+def write_model(run: str, region: str, url: str) -> int:
+    return _SEATS[run, region].write_model(url)
+
+
+def ask_stop(run: str, region: str, ticket: int) -> None:
+    """Runs beside the segment: ask the leader to end it at the next round that all can agree on."""
+    if (run, region) in _SEATS:
+        _SEATS[run, region].stop_in = ticket
+
+
+def tell_view(run: str, region: str, view: View, directory: Directory) -> None:
+    """Runs beside the segment: who is in from now on."""
+    if (run, region) in _SEATS:
+        _SEATS[run, region].news.put((view, directory))
+
+
+def heed_notices() -> bool:
+    """A SIGTERM to this process is told to the control planes of its seats, which take them back before it ends."""
+
+    def noticed() -> None:
+        for seat in list(_SEATS.values()):
+            seat.reporter.notice()
+
+    return notice.heed(noticed, free=lambda: not _SEATS)
+
+
+def here() -> None:
+    """Answers as soon as the worker has nothing else to do."""
+
+
+def abort(run: str, region: str) -> None:
+    """Runs beside the segment: end it at once."""
+    if (run, region) in _SEATS:
+        _SEATS[run, region].aborted = True
+
+
+def leave(run: str, region: str) -> None:
+    """Give the seat up: threads, port and group."""
+    if (seat := _SEATS.pop((run, region), None)) is not None:
+        seat.close()
+
+
+def meeting_point() -> str:
+    """tcp://host:port on this worker where the region's workers can meet."""
+    host = str(get_worker().address).split("://")[1].rpartition(":")[0]
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as free:
+        free.bind((host, 0))
+        return f"tcp://{host}:{free.getsockname()[1]}"
