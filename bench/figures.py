@@ -1,4 +1,4 @@
-"""The figures in the README, made from the newest committed results: python -m bench.figures writes them there."""
+"""The figures in README and docs/failures.md, from the newest committed results: python -m bench.figures writes them there."""
 
 import json
 import re
@@ -6,7 +6,6 @@ from typing import Any
 
 from bench.measure import RESULTS, ROOT
 
-README = ROOT / "README.md"
 BLOCK = re.compile(r"(<!-- figures: bench/results -->\n).*?(<!-- /figures -->)", re.DOTALL)
 
 
@@ -50,10 +49,7 @@ def figures() -> str:
     ]
     lines += [*predictions(newest("prediction")), *core(newest("core")), *scale(newest("scale"))]
     lines += wan(newest("wan"))
-    for name, table in (("recovery", recovery), ("goodput", goodput), ("checkpoint", checkpoints)):
-        if list(RESULTS.glob(f"{name}-*.json")):
-            lines += table(newest(name))
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *checkpoints(newest("checkpoint")), *goodput(newest("goodput"))]) + "\n"
 
 
 def predictions(found: dict[str, Any]) -> list[str]:
@@ -116,7 +112,6 @@ def wan(found: dict[str, Any]) -> list[str]:
 def recovery(found: dict[str, Any]) -> list[str]:
     """What a fault costs."""
     lines = [
-        "",
         "| digits, three regions, one of them hit | noticed after, s | the others stand still, s | back after, s |",
         "|---|---|---|---|",
     ]
@@ -167,8 +162,9 @@ def range_of(spread: dict[str, float], digits: int = 2) -> str:
 
 
 def main() -> None:
-    README.write_text(BLOCK.sub(lambda found: found[1] + figures() + found[2], README.read_text()))
-    print(figures())
+    for page, block in {"README.md": figures(), "docs/failures.md": "\n".join(recovery(newest("recovery"))) + "\n"}.items():
+        (ROOT / page).write_text(BLOCK.sub(lambda found, block=block: found[1] + block + found[2], (ROOT / page).read_text()))
+        print(block)
 
 
 if __name__ == "__main__":

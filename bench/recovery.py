@@ -32,16 +32,23 @@ def data() -> dict[str, str]:
     }
 
 
-def pid_of(run: Run, worker: int) -> int:
-    partition = run.partitions[VICTIM]
+def pid_of(run: Run, worker: int, region: str = VICTIM) -> int:
+    partition = run.partitions[region]
     address = partition.workers[worker]
     return int(partition.client.run(os.getpid, workers=[address])[address])
+
+
+def kill_all(run: Run) -> None:
+    for pid in [pid_of(run, 0, region) for region in run.present]:
+        os.kill(pid, signal.SIGKILL)
 
 
 FAULTS: dict[str, Callable[[Run], None]] = {
     "leader killed": lambda run: os.kill(pid_of(run, 0), signal.SIGKILL),
     "one worker of two killed": lambda run: os.kill(pid_of(run, 1), signal.SIGKILL),
     "leader hangs": lambda run: os.kill(pid_of(run, 0), signal.SIGSTOP),
+    "leader gets SIGTERM": lambda run: os.kill(pid_of(run, 0), signal.SIGTERM),
+    "all leaders killed": kill_all,
 }
 
 
@@ -68,13 +75,14 @@ def measure(fault: str) -> dict[str, float | bool]:
 
         conduct(run, lambda run, segment: threading.Thread(target=strike, daemon=True).start() if segment == 1 else None)
         events = [json.loads(line) for line in (Path(run.folder.url) / "events.jsonl").read_text().splitlines()]
-        at = {event["event"]: event["at"] for event in events if event["event"] in ("lost", "back")}
+        noticed = min(event["at"] for event in events if event["event"] in ("lost", "notice"))
+        back = max(event["at"] for event in events if event["event"] == "back")
         others = sorted(r["at"] for r in run.folder.lines("rounds.jsonl") if r["region"] != VICTIM and abs(r["at"] - struck[0]) < 60)
         pause = max(later - earlier for earlier, later in pairwise(others) if later > struck[0])
         return {
-            "noticed_s": at["lost"] - struck[0],
+            "noticed_s": noticed - struck[0],
             "others_wait_s": pause,
-            "back_s": at["back"] - struck[0],
+            "back_s": back - struck[0],
             "balanced": ledger(run.folder)["balanced"],
         }
 
@@ -111,7 +119,7 @@ def main() -> None:
         found = [measure(fault) for _ in range(TURNS)]
         names = ("noticed_s", "others_wait_s", "back_s")
         results[fault] = {name: spread([float(one[name]) for one in found]) for name in names}
-        results[fault]["balanced"] = all(one["balanced"] for one in found)
+        assert all(one["balanced"] for one in found), found
         print(f"{fault:26} {results[fault]}", flush=True)
     write("recovery", results)
 

@@ -73,7 +73,7 @@ def _region(run: Run, name: str, found: Examination) -> Partition | None:
     job = run.job
     run.board.enter("looking at every region")
     try:
-        partition = run.partition(name)
+        partition = run.partitions.wait(name)
         partition.cluster.ship(job.code)
         _count_workers(job, partition, found)
         run.board.status(name, "examining")

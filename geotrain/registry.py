@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from geotrain.checkpoint import join, read_bytes, write_bytes
+from geotrain.job import RegistrySpec
 from geotrain.stores import open_url
 
 
@@ -67,6 +68,15 @@ def champion(registry: str, model: str) -> Version | None:
     except FileNotFoundError:
         return None
     return version(registry, model, number)
+
+
+def enter(spec: RegistrySpec, version: Version) -> str:
+    """Make a version known whose model file is written, and the champion if it beats that. Returns the verdict. Raises OutputUnwritable."""
+    publish(version)
+    better, why = beats(version.metrics, champion(spec.url, spec.model), spec.metric, higher_is_better=spec.higher_is_better)
+    if better:
+        promote(spec.url, spec.model, version.number)
+    return f"{'champion' if better else 'rejected'}: {why}"
 
 
 def beats(challenger: Mapping[str, float], reigning: Version | None, metric: str | None, *, higher_is_better: bool) -> tuple[bool, str]:

@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,7 +16,6 @@ import yaml
 from geotrain import checkpoint, measured, registry
 from geotrain.charge import Charge
 from geotrain.checkpoint import Manifest, StoredPart
-from geotrain.clusters import RegionCluster, open_cluster, quiet_dask
 from geotrain.data.inventory import Inventory, check_same_schema
 from geotrain.errors import (
     BadCheckpoint,
@@ -38,7 +37,8 @@ from geotrain.members.replanner import Newcomer, Replanner, workers_of
 from geotrain.members.tally import Tally
 from geotrain.metrics import add_sums, means
 from geotrain.partition.orders import Place, Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder
-from geotrain.partition.partition import WORKERS_CHECK_S, Control, Partition
+from geotrain.partition.partition import WORKERS_CHECK_S, Control
+from geotrain.partition.partitions import Partitions
 from geotrain.plan.planner import Plan, UpdateSize, make_plan
 from geotrain.plan.power import Offer
 from geotrain.report.board import Board
@@ -68,7 +68,7 @@ class Run:
         self.warm_start: registry.Version | None = None
         self.inventory: dict[str, tuple[Inventory, Inventory | None]] = {}
         self.probed: dict[str, Probed] = {}
-        self.partitions: dict[str, Partition] = {}
+        self.partitions = Partitions(job, self.control, self.board, self._heard)
         self.plan: Plan | None = None
         self._membership: Membership | None = None
         self._coming: list[str] = []
@@ -95,8 +95,6 @@ class Run:
         self.handed_over = False
         """Begun by the command line, which also ends it."""
         self._token = secrets.token_hex(16)
-        self._clusters: dict[str, Future[RegionCluster]] = {}
-        self._threads = ThreadPoolExecutor(max_workers=len(job.regions), thread_name_prefix="geotrain-open")
         self._ticket = 1
         self._spoilt: set[str] = set()
         """Regions that came back in this segment from rounds that ended in a NaN."""
@@ -135,28 +133,16 @@ class Run:
 
     def open(self) -> "Run":
         """Begin to open the clusters, all at once, and return; who opens a run must enter and leave it."""
-        if not self._clusters:
+        if not self.partitions.begun:
             if not self.charge.held:
                 self.charge.take(self.board.enter)
             if self.resumed:
                 self.folder.event("resumed", round=self.resumed.round, segment=self.resumed.segment)
-            quiet_dask()
-            for region in map(self.job.region, self.regions):
-                self.board.status(region.name, "starting its cluster")
-                self._clusters[region.name] = self._threads.submit(self._open, region)
+            self.partitions.open(self.regions)
         return self
 
     def __enter__(self) -> "Run":
         return self.open()
-
-    def _open(self, region: RegionSpec) -> RegionCluster:
-        cluster = open_cluster(region)
-        self.partitions[region.name] = self._partition(self.job, region.name, cluster)
-        self.board.status(region.name, "cluster is up")
-        return cluster
-
-    def _partition(self, job: JobSpec, region: str, cluster: RegionCluster) -> Partition:
-        return Partition(job, region, cluster, self.control, self._heard)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self.control.abort.set()
@@ -175,12 +161,7 @@ class Run:
         if self._membership is not None:
             self._membership.close()
         self.replanner.close()
-        closers = [threading.Thread(target=self._close, args=(name,)) for name in self._clusters]
-        for closer in closers:
-            closer.start()
-        for closer in closers:
-            closer.join()
-        self._threads.shutdown()
+        self.partitions.close()
         self.folder.flush()
 
     def _asked(self, what: str, more: Mapping[str, Any]) -> None:
@@ -210,7 +191,7 @@ class Run:
         if why:
             self.folder.event("not_added", region=name, message=why)
             return
-        self.replanner.prepare(job, name, dict(self.inventory), self._partition)
+        self.replanner.prepare(job, name, dict(self.inventory), self.partitions.make)
 
     def _note_end(self, error: BaseException) -> None:
         if isinstance(error, Stopped) or not isinstance(error, Exception):
@@ -245,16 +226,6 @@ class Run:
             raise error
         return [future.result() for future in futures]
 
-    def _close(self, region: str) -> None:
-        try:
-            cluster = self._clusters[region].result()
-        except GeotrainError:
-            return
-        if region in self.partitions:
-            self.partitions[region].leave()
-            cluster = self.partitions[region].cluster  # it may have been opened again
-        cluster.close()
-
     def _heard(self, region: str, message: Mapping[str, Any]) -> None:
         self.board.heard(region, message)
         for record in message.get("rounds", ()):
@@ -275,17 +246,12 @@ class Run:
             self._flushed_at = time.monotonic()
             self.folder.flush(must=False)
 
-    def partition(self, region: str) -> Partition:
-        """Waits for the region's cluster. Raises ClusterError."""
-        self._clusters[region].result()
-        return self.partitions[region]
-
     # The stages, in the order in which a flow calls them.
 
     def analyze(self, region: str) -> Inventory:
         """What data a region has. A resumed run keeps what it knew."""
         self.board.enter("waiting for the clusters, then looking at the data")
-        partition = self.partition(region)
+        partition = self.partitions.wait(region)
         if self.resumed:
             partition.cluster.ship(self.job.code)
             return self.inventory[region][0]
@@ -306,7 +272,7 @@ class Run:
         if self.resumed:
             return None
         self.board.status(region, "probing its speed")
-        self.probed[region] = self.partition(region).probe(self.inventory[region][0], self.folder.url)
+        self.probed[region] = self.partitions.wait(region).probe(self.inventory[region][0], self.folder.url)
         self.board.status(region, "probed")
         return self.probed[region]
 
@@ -346,7 +312,7 @@ class Run:
     def _seat(self, region: str) -> SeatTaken:
         assert self.plan is not None
         self.board.enter("scaling clusters and building the model")
-        partition = self.partition(region)
+        partition = self.partitions.wait(region)
         workers = self.plan.region(region).workers
         self.board.status(region, f"waiting for {workers} worker{'s' * (workers > 1)}")
         try:
@@ -646,14 +612,11 @@ class Run:
         name, self.job = newcomer.region, newcomer.job
         self.left.discard(name)
         self._coming.append(name)
-        self.partitions[name], self.inventory[name] = newcomer.partition, newcomer.inventory
-        self._clusters[name] = Future()
-        self._clusters[name].set_result(newcomer.partition.cluster)
+        self.inventory[name] = newcomer.inventory
+        self.partitions.take_in(newcomer.partition)
         self.replanner.came_in()
         self.board.add(name)
         self.accounts.job, self.strategy = self.job, strategy_of(self.job.sync, len(self.job.regions))
-        for partition in self.partitions.values():
-            partition.job = self.job
         self.folder.write_json("inventory.json", {n: [i and i.to_dict() for i in self.inventory[n]] for n in self.inventory})
 
     def _take_up_here(self) -> None:
@@ -721,14 +684,8 @@ class Run:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         leader.write_model(version.url)
-        registry.publish(version)
-        better, why = registry.beats(
-            self.metrics, registry.champion(spec.url, spec.model), spec.metric, higher_is_better=spec.higher_is_better
-        )
-        if better:
-            registry.promote(spec.url, spec.model, number)
-        verdict = f"{'champion' if better else 'rejected'}: {why}"
-        self.folder.event("published", version=number, verdict=verdict)
+        verdict = registry.enter(spec, version)
+        self.folder.event("published", version=version.number, verdict=verdict)
         self.published = (version, verdict)
         return self.published
 

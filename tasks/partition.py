@@ -16,7 +16,7 @@ def provision(run: Run, region: str) -> SeatTaken | None:
     if (taken := run.provision(region)) is None:
         get_run_logger().warning("%s: no seat", region)
         return None
-    get_run_logger().info("%s: leader %s on %s, dashboard %s", region, taken.worker, taken.device, run.partition(region).cluster.dashboard)
+    get_run_logger().info("%s: leader %s on %s, dashboard %s", region, taken.worker, taken.device, run.partitions[region].cluster.dashboard)
     return taken
 
 

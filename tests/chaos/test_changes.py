@@ -57,7 +57,8 @@ def test_a_region_comes_in_and_one_that_cannot_is_told_why(tmp_path: Path, strat
     assert [region.name for region in again.job.regions] == ["north", "south", "west"], "who resumes knows of it"
 
 
-def test_a_region_that_becomes_slow_gets_more_workers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("believed", "workers"), [(5000.0, [1, 2]), (100.0, [2, 1])], ids=["slower", "faster"])
+def test_a_region_that_is_not_as_fast_as_planned_gets_other_workers(tmp_path: Path, believed: float, workers: list[int]) -> None:
     slow = tmp_path / "slow"
     tree = job_of(
         tmp_path,
@@ -67,16 +68,16 @@ def test_a_region_that_becomes_slow_gets_more_workers(tmp_path: Path) -> None:
         task_args={"lr": 0.01, "slow": str(slow)},
         elastic={"speed_margin": 4.0, "speed_for_s": 2.0},
     ).to_dict()
-    for region, count in zip(tree["regions"], (1, 2), strict=True):
-        region["devices"] = [{"kind": "cpu", "count": count, "usd_per_hour": 0.1, "samples_per_s": 5000.0}]
+    for region, count, speed in zip(tree["regions"], (1, 2), (5000.0, believed), strict=True):
+        region["devices"] = [{"kind": "cpu", "count": count, "usd_per_hour": 0.1, "samples_per_s": speed}]
     run = Run.start(JobSpec.model_validate(tree))
-    conduct(run, in_mid_run(lambda run: slow.write_text(str(pid_of(run, "south"))) and None))
+    conduct(run, in_mid_run(lambda run: slow.write_text(str(pid_of(run, "south") if believed > 1000 else 0)) and None))
     assert "south" in [event["region"] for event in events(run, "speed_changed")]
     (replanned,) = [event for event in events(run, "replanned") if event["workers"]]
-    assert replanned["workers"] == {"south": [1, 2]}
-    assert replanned["usd_per_hour"][1] > replanned["usd_per_hour"][0]
+    assert replanned["workers"] == {"south": workers}
+    assert (replanned["usd_per_hour"][1] > replanned["usd_per_hour"][0]) == (workers == [1, 2])
     seated = [event["workers"] for event in events(run, "seated") if event["region"] == "south"]
-    assert seated == [1, 2]
+    assert seated == workers
     assert not events(run, "lost")
     assert ledger(run.folder)["balanced"]
 
