@@ -30,7 +30,7 @@ class Paced:
         return torch.optim.SGD(params, lr=0.1)
 
     def batch(self, rows: pa.RecordBatch) -> Tensor:
-        return torch.from_numpy(np.asarray(rows.column("x")))
+        return torch.from_numpy(np.array(rows.column("x")))
 
     def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
         time.sleep(self.sleep_s)

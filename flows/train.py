@@ -34,14 +34,15 @@ def geotrain_train(job: str, overrides: dict[str, Any] | None = None, resume: bo
 
 
 @flow(name="geotrain-resume", flow_run_name=named_after_job, task_runner=ThreadPoolTaskRunner(max_workers=MOST_REGIONS))
-def geotrain_resume(run: str) -> Any:
+def geotrain_resume(run: str, without: list[str] | None = None) -> Any:
     """Continue a run from its newest checkpoint.
 
     Args:
         run: The run folder.
+        without: Regions that leave the run for good, because their clusters are gone.
     """
     begun = run.rsplit("/", 1)[-1]
-    with taken_over(begun, lambda: Run.resume(RunFolder(run))) as this, stops_in_order(this):
+    with taken_over(begun, lambda: Run.resume(RunFolder(run), without=without or ())) as this, stops_in_order(this):
         try:
             locate_and_plan(this)
             return train_and_publish(this)

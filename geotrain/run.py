@@ -6,7 +6,7 @@ Nothing here knows Prefect, and nothing here touches a tensor.
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 from typing import Any
@@ -113,8 +113,11 @@ class Run:
         return cls(job, folder)
 
     @classmethod
-    def resume(cls, folder: RunFolder, told: Callable[[str], None] = lambda words: None) -> "Run":
-        """Continue from the newest checkpoint. `told`: of a wait for another process's sign of life. Raises NothingToResume, RunTaken."""
+    def resume(cls, folder: RunFolder, told: Callable[[str], None] = lambda words: None, without: Collection[str] = ()) -> "Run":
+        """Continue from the newest checkpoint, without some regions, which leave for good.
+
+        `told`: of a wait for another process's sign of life. Raises NothingToResume, RunTaken, JobError.
+        """
         if folder.has("summary.json"):
             raise NothingToResume(folder.run, "it is complete")
         run = cls(folder.job(), folder)
@@ -126,10 +129,20 @@ class Run:
             if manifest is None:
                 raise NothingToResume(folder.run, "it has no checkpoint yet")
             run._take_up(manifest)
+            run._leave_out(without)
         except BaseException:
             run.charge.release()
             raise
         return run
+
+    def _leave_out(self, regions: Collection[str]) -> None:
+        if unknown := set(regions) - set(self.regions):
+            raise JobError(f"--without {', '.join(sorted(unknown))}: the run has the regions {', '.join(self.regions)}")
+        if set(regions) == set(self.regions):
+            raise JobError("--without: at least one region must be left")
+        for region in sorted(set(regions)):
+            self.left.add(region)
+            self.folder.event("left", region=region)
 
     def open(self) -> "Run":
         """Begin to open the clusters, all at once, and return; who opens a run must enter and leave it."""
@@ -162,6 +175,8 @@ class Run:
             self._membership.close()
         self.replanner.close()
         self.partitions.close()
+        if self._membership is not None:
+            self._membership.join()
         self.folder.flush()
 
     def _asked(self, what: str, more: Mapping[str, Any]) -> None:
@@ -318,7 +333,7 @@ class Run:
         try:
             partition.scale(workers)
         except ClusterTooSmall:
-            if not self.seats_change:
+            if not self.seats_change and not self.resumed:
                 raise
             partition.regroup(workers, 0.0)  # it goes on with those that it has, and takes in more when they come
         self.board.status(region, "building the model")
@@ -621,6 +636,7 @@ class Run:
 
     def _take_up_here(self) -> None:
         """All take their seats anew, as of the checkpoint that was just made."""
+        self.membership.close()
         self.resumed, self._membership, self.seats_change = self.commits.last, None, True
         for region in self.regions:
             self.partitions[region].vacate()

@@ -29,6 +29,9 @@ app = typer.Typer(
 JobFile = Annotated[str, typer.Argument(metavar="JOB", help="The job file (YAML).")]
 RunId = Annotated[str, typer.Argument(metavar="RUN", help="A run's id, or the path or URL of its folder.")]
 Runs = Annotated[str, typer.Option("--runs", help="Where run folders lie.")]
+Without = Annotated[
+    list[str] | None, typer.Option("--without", metavar="REGION", help="A region that leaves the run for good; may be given again.")
+]
 Shape = Annotated[Format, typer.Option("--format", help="text for people; json prints one envelope on stdout.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Lay a value over the job: --set sync.every=16 --set train.epochs=5.")

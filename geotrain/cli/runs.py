@@ -10,7 +10,7 @@ import typer
 
 from geotrain import checkpoint, guard
 from geotrain.answers import Format, answering, answers, envelope, people, watching
-from geotrain.cli.arguments import JobFile, Overrides, RunId, Runs, Shape, app, parse_overrides
+from geotrain.cli.arguments import JobFile, Overrides, RunId, Runs, Shape, Without, app, parse_overrides
 from geotrain.errors import GeotrainError, JobError, Stopped
 from geotrain.job import load_job, load_region
 from geotrain.report.folder import RunFolder, list_runs
@@ -31,12 +31,12 @@ def run(job: JobFile, set_: Overrides = None, shape: Shape = Format.text) -> Non
 
 
 @app.command()
-def resume(run: RunId, runs: Runs = "runs", shape: Shape = Format.text) -> None:
-    """Continue a stopped or killed run from its newest checkpoint."""
+def resume(run: RunId, runs: Runs = "runs", without: Without = None, shape: Shape = Format.text) -> None:
+    """Continue a stopped or killed run from its newest checkpoint, with as many workers as there are."""
     with answering(shape):
         from geotrain.run import Run
 
-        this = Run.resume(RunFolder.find(run, runs), people.print)
+        this = Run.resume(RunFolder.find(run, runs), people.print, without or ())
         _conduct(this, shape, lambda: _flow("flows.train", "geotrain_resume")(this.folder.url, return_state=True))
 
 

@@ -219,7 +219,7 @@ class Outage(Spec):
 class SimulateSpec(Spec):
     """What `geotrain simulate` assumes: what a real run measures, and what may happen to regions.
 
-    A simulated region that is lost leaves the view, and heals when it returns; today's real run stops with an error and is resumed.
+    A region that is lost leaves the view, and heals when it returns; docs/failures.md has the table.
     """
 
     samples_per_s: Positive = 100.0

@@ -80,6 +80,7 @@ class Membership:
         """Region -> where its last endpoint was, and the links from and to it that were dialled then."""
         self._looking: threading.Thread | None = None
         self._looked_at = -LOOK_AGAIN_S
+        self._closed = False
         self._lock = threading.RLock()
         """Of who is in, and where they are."""
         self._seating = threading.Lock()
@@ -190,7 +191,7 @@ class Membership:
 
         with ThreadPoolExecutor(max_workers=len(view.regions)) as threads:
             cut = set().union(*threads.map(cut_from, view.regions))
-        if self.roster.view.epoch != view.epoch:
+        if self._closed or self.roster.view.epoch != view.epoch:
             return
         for gone, others in to_leave(cut, view.regions).items():
             self._cut_off[gone] = others
@@ -201,7 +202,11 @@ class Membership:
         return {(a, b) for a in regions for b in regions if self.directory.ways.get(f"{a}>{b}") == "flight"}
 
     def close(self) -> None:
-        """At the end of the run."""
+        """Nobody is told to end any more: the run ends, or all take their seats anew."""
+        self._closed = True
+
+    def join(self) -> None:
+        """Once the clusters are closed, which ends what waits for them."""
         if self._looking is not None:
             self._looking.join()
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from geotrain import checkpoint, registry
-from geotrain.errors import GeotrainError, NothingToResume, Stopped
+from geotrain.clusters import RegionCluster
+from geotrain.errors import ClusterTooSmall, GeotrainError, JobError, NothingToResume, Stopped
 from geotrain.job import JobSpec
+from geotrain.partition.partition import Partition
 from geotrain.report.folder import RunFolder
 from geotrain.report.ledger import ledger
 from geotrain.run import Run
@@ -130,6 +133,20 @@ def test_a_simulation_with_numbers_is_the_run_to_the_bit(tmp_path: Path, name: s
     assert outcome.samples == summary["samples"]
 
 
+def stop_after(rounds: int) -> Callable[[Run, int], None]:
+    """A `before_segment` that asks for an end in mid-segment."""
+
+    def hook(run: Run, segment: int) -> None:
+        def later() -> None:
+            while run.board.rows["north"].rounds < rounds:
+                time.sleep(0.05)
+            run.control.stop.set()
+
+        threading.Thread(target=later).start()
+
+    return hook
+
+
 @pytest.mark.parametrize("name", ["ma", "asgd_ga"])
 def test_a_stop_drains_to_one_round_and_resumes(tmp_path: Path, name: str) -> None:
     job = points_job(
@@ -141,16 +158,8 @@ def test_a_stop_drains_to_one_round_and_resumes(tmp_path: Path, name: str) -> No
     )
     run = Run.start(job)
 
-    def ask(run: Run, segment: int) -> None:
-        def later() -> None:
-            while run.board.rows["north"].rounds < 5:
-                time.sleep(0.05)
-            run.control.stop.set()
-
-        threading.Thread(target=later).start()
-
     with pytest.raises(Stopped):
-        conduct(run, before_segment=ask)
+        conduct(run, stop_after(5))
     manifest = checkpoint.latest(run.folder.url)
     assert manifest is not None
     assert 5 <= manifest.round < run.plan.rounds  # type: ignore[union-attr]
@@ -162,6 +171,47 @@ def test_a_stop_drains_to_one_round_and_resumes(tmp_path: Path, name: str) -> No
 
 def _fields(plan: Any) -> dict[str, Any]:
     return {name: getattr(plan, name) for name in plan.__slots__}
+
+
+def test_a_run_resumes_with_fewer_regions_and_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = points_job(
+        tmp_path,
+        ("north", "south", "west"),
+        train={"batch_size": 10, "epochs": 30, "seed": 3},
+        schedule={"segment_rounds": 1000, "allocate": "all"},
+        shape={"mbit_per_s": 100, "rtt_ms": 10},
+    ).to_dict()
+    tree["regions"][1]["devices"][0]["count"] = 2
+    run = Run.start(JobSpec.model_validate(tree))
+    with pytest.raises(Stopped):
+        conduct(run, stop_after(20))
+    manifest = checkpoint.latest(run.folder.url)
+    assert manifest is not None
+    with pytest.raises(JobError, match="--without nowhere: the run has the regions north, south, west"):
+        Run.resume(run.folder, without=["nowhere"])
+
+    scale = RegionCluster.scale
+
+    def too_small(self: RegionCluster, workers: int) -> list[str]:
+        if workers > 1:
+            raise ClusterTooSmall(self.region, workers, 1, 0.0)
+        return scale(self, workers)
+
+    monkeypatch.setattr(RegionCluster, "scale", too_small)
+    monkeypatch.setattr(Partition, "spare", lambda self: False)
+    resumed = Run.resume(run.folder, without=["west"])
+    assert (resumed.round, resumed.accounts.samples) == (manifest.round, manifest.samples)
+    summary = conduct(resumed)
+    assert resumed.plan is not None
+    assert summary["rounds"] == resumed.plan.rounds
+    seats = [event for event in run.folder.lines("events.jsonl") if event["event"] == "seated"]
+    assert [seat["workers"] for seat in seats if seat["region"] == "south"] == [2, 1]
+    assert len([seat for seat in seats if seat["region"] == "west"]) == 1
+    found = ledger(run.folder)
+    assert found["balanced"], found
+    assert not any(row["again"] for row in found["regions"])
+    assert all(row["once"] == row["rows"] for row in found["regions"] if row["region"] != "west")
+    assert summary["metrics"]["mse"] < 0.5
 
 
 def test_until_a_metric_is_reached(tmp_path: Path) -> None:
