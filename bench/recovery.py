@@ -59,7 +59,7 @@ def measure(fault: str) -> dict[str, float | bool]:
             **data(),
             "output.url": folder,
             "registry": None,
-            "train.epochs": 120,
+            "train.epochs": 80,
             "schedule.segment_rounds": 60,
             "schedule.allocate": "all",
             f"regions.{VICTIM}.devices": [{"kind": "cpu", "count": 2 if "two" in fault else 1}],

@@ -65,8 +65,7 @@ def train_and_publish(run: Run) -> dict[str, Any]:
     for segment in run.segments_left():
         if synchronize(run, segment, each_region(run, train_partition, segment)):
             break
-        if run.control.stop.is_set():
-            raise Stopped(run.id)
+        run.check_stop()
         if run.seats_change:
             run.introduce(run.seats(lambda: each_region(run, provision)))
     run.training = False

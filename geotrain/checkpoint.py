@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from geotrain.errors import BadCheckpoint, OutputUnwritable
+from geotrain.errors import BadCheckpoint, CheckpointUnreadable, OutputUnwritable
 from geotrain.stores import PATIENCE_S, STORE_ERRORS, open_url, patiently, write_whole
 
 if TYPE_CHECKING:
@@ -152,11 +152,16 @@ def write_packed(region: str, url: str, round: int, content: bytearray, over: th
 
 
 def read_part(part: StoredPart) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
-    """(tensors by name, facts). Raises BadCheckpoint when the file is absent or not what the manifest says."""
+    """(tensors by name, facts). A store that fails for a while is waited for.
+
+    Raises BadCheckpoint when the file is absent or not what the manifest says, CheckpointUnreadable when that cannot be known.
+    """
     try:
-        content = read_bytes(part.url)
+        content = patiently(lambda: read_bytes(part.url))
+    except FileNotFoundError as error:
+        raise BadCheckpoint(part.url, "it is gone") from error
     except STORE_ERRORS as error:
-        raise BadCheckpoint(part.url, f"it cannot be read: {error}") from error
+        raise CheckpointUnreadable(part.region, part.url, str(error) or type(error).__name__) from error
     if hashlib.sha256(content).hexdigest() != part.sha256:
         raise BadCheckpoint(part.url, "its content does not match the manifest's SHA-256")
     return tensors_from_bytes(content)
@@ -190,9 +195,18 @@ def _manifest(content: bytes) -> Manifest:
 
 
 def set_aside(run_url: str, round: int) -> None:
-    """A checkpoint that cannot be used is none any more; its files stay, for who wants to look at them."""
+    """A checkpoint that cannot be used is none any more; its parts stay, for who wants to look at them."""
     fs, path = open_url(folder(run_url, round))
     fs.mv(f"{path}/manifest.json", f"{path}/manifest.damaged.json")
+    forget_late(run_url, round)
+
+
+def forget_late(run_url: str, since: int) -> None:
+    """The run goes on from an earlier checkpoint: what regions wrote for those since is not to be committed late."""
+    fs, path = open_url(join(run_url, "checkpoints"))
+    for name in fs.glob(f"{path}/*/*.done.json"):
+        if int(name.rsplit("/", 2)[-2]) >= since:
+            fs.rm_file(name)
 
 
 def prune(run_url: str, keep: int, better: "tuple[str, bool] | None" = None) -> None:

@@ -18,6 +18,7 @@
     │   ├── ClusterTooSmall
     │   ├── WorkerLost
     │   ├── WorkerHangs
+    │   ├── WorkerLeaves                   it got SIGTERM
     │   └── QuorumLost                     too few regions are left
     ├── WanError                       6   between the regions
     │   ├── PeerUnreachable
@@ -33,7 +34,8 @@
     │   ├── RunTaken                       another process is in charge of it
     │   ├── NotRunning
     │   ├── NothingToResume
-    │   └── BadCheckpoint
+    │   ├── BadCheckpoint
+    │   └── CheckpointUnreadable           whether it is sound cannot be known
     └── Stopped                       75   stopped on request; `geotrain resume` continues
 
 An error is made from positional values, so that it survives the way from a worker to the flow.
@@ -261,6 +263,12 @@ class BadCheckpoint(StateError):
     fields = ("url", "why")
     says = "checkpoint {url} is damaged: {why}"
     remedy = "remove its manifest.json: `geotrain resume` then takes the one before it"
+
+
+class CheckpointUnreadable(StateError):
+    fields = ("region", "url", "detail")
+    says = "region {region} cannot read the checkpoint {url}: {detail}"
+    remedy = "check that the region's workers reach that place, with credentials that are valid; then `geotrain resume`"
 
 
 class Stopped(GeotrainError):

@@ -3,6 +3,7 @@
 Nothing here knows Prefect, and nothing here touches a tensor.
 """
 
+import contextlib
 import secrets
 import threading
 import time
@@ -24,6 +25,7 @@ from geotrain.errors import (
     Diverged,
     GeotrainError,
     JobError,
+    ModelMismatch,
     NonFiniteLoss,
     NothingToResume,
     Stopped,
@@ -32,7 +34,7 @@ from geotrain.job import JobSpec, RegionSpec
 from geotrain.members.accounts import Accounts
 from geotrain.members.commits import Commits
 from geotrain.members.late import commit_late
-from geotrain.members.membership import Membership
+from geotrain.members.membership import AWAY, Membership, check_same_model
 from geotrain.members.replanner import Newcomer, Replanner, workers_of
 from geotrain.members.tally import Tally
 from geotrain.metrics import add_sums, means
@@ -44,6 +46,7 @@ from geotrain.plan.power import Offer
 from geotrain.report.board import Board
 from geotrain.report.folder import RunFolder, new_run_id
 from geotrain.report.summary import summarize
+from geotrain.stores import STORE_ERRORS
 from geotrain.sync.messages import View
 from geotrain.sync.strategy import Merging, strategy_of
 
@@ -140,6 +143,9 @@ class Run:
             raise JobError(f"--without {', '.join(sorted(unknown))}: the run has the regions {', '.join(self.regions)}")
         if set(regions) == set(self.regions):
             raise JobError("--without: at least one region must be left")
+        assert self.resumed is not None
+        if regions and not any(part.round == self.round and part.region not in regions for part in self.resumed.parts):
+            raise JobError("--without: no other region was there when the last checkpoint was made, so what it learned would be lost")
         for region in sorted(set(regions)):
             self.left.add(region)
             self.folder.event("left", region=region)
@@ -205,6 +211,7 @@ class Run:
             why = str(error)
         if why:
             self.folder.event("not_added", region=name, message=why)
+            self.folder.flush(must=False)
             return
         self.replanner.prepare(job, name, dict(self.inventory), self.partitions.make)
 
@@ -300,8 +307,8 @@ class Run:
             probed = self.probed.values()
             update = UpdateSize(max(p.payload_bytes for p in probed), max(p.work_s for p in probed), max(p.full_bytes for p in probed))
             self.plan = make_plan(self.job, {name: self.inventory[name][0] for name in names}, offers, update)
-            self.folder.write_json("plan.json", self.plan.to_dict())
-            self.folder.write_json("inventory.json", {n: [i and i.to_dict() for i in self.inventory[n]] for n in names})
+            self._write_plan()
+            self._write_inventory()
         self.board.rounds = self.plan.rounds
         return self.plan
 
@@ -319,7 +326,7 @@ class Run:
         except Stopped:
             raise
         except GeotrainError as error:
-            if not self.seats_change or not (region in self._coming or isinstance(error, ClusterError)):
+            if not self.seats_change or not (region in self._coming or isinstance(error, AWAY)):
                 raise
             self._unseated[region] = error
             return None
@@ -399,18 +406,19 @@ class Run:
         if before is None:
             return False
         self.control.abort.clear()
+        for name in list(self._coming):
+            self._turn_away(name, "a checkpoint turned out to be damaged meanwhile: ask again")
         self._membership = None
         self._take_up(before)
-        assert self.plan is not None
-        self.folder.write_json("plan.json", self.plan.to_dict())
+        self._write_plan()
         return True
 
     def _take_up(self, manifest: Manifest) -> None:
         """Be where a checkpoint was made."""
         self.resumed, self.round, self.commits.last = manifest, manifest.round, manifest
         self.accounts.totals = {region: dict(totals) for region, totals in manifest.totals.items()}
-        self.plan = Plan.from_dict(self.folder.read_json("plan.json")).as_of(manifest.round)
-        self.left |= {region.region for region in self.plan.regions} - {region.name for region in self.job.regions}
+        plan = Plan.from_dict(self.folder.read_json("plan.json")).as_of(manifest.round)
+        self.plan = plan.of([region.name for region in self.job.regions])
         self.inventory = _inventories(self.folder.read_json("inventory.json"))
         if manifest.parent is not None and self.job.registry is not None:
             self.warm_start = registry.version(self.job.registry.url, self.job.registry.model, manifest.parent)
@@ -427,8 +435,14 @@ class Run:
                 self._membership = Membership(self.job, self.plan, view, *shared, self._rolled_back)
             return self._membership
 
+    def _write_plan(self) -> None:
+        assert self.plan is not None
+        self.folder.write_json("plan.json", self.plan.to_dict())
+
     def _rolled_back(self, manifest: Manifest | None) -> int:
         self.round = manifest.round if manifest else 0
+        with contextlib.suppress(*STORE_ERRORS):
+            checkpoint.forget_late(self.folder.url, self.round + 1)
         self.accounts.back_to(manifest.totals if manifest else {})
         return self.round
 
@@ -445,25 +459,52 @@ class Run:
     def introduce(self, seats: Sequence[SeatTaken | None]) -> None:
         """All regions must begin with one model; then it is settled how each leader reaches the others.
 
-        A region without a seat is lost from the beginning; a newcomer without one does not come in. Raises ModelMismatch, and in mid-run
-        what kept the last region from its seat.
+        A region without a seat is lost from the beginning; a newcomer without one does not come in. Raises ModelMismatch.
         """
         unseated, self._unseated = self._unseated, {}
-        if not any(seats):
-            raise next(iter(unseated.values()))
-        self.membership.introduce([seat for seat in seats if seat is not None], self.in_every_region, self.round)
-        self.seats_change = False
+        there = [seat for seat in seats if seat is not None]
+        for seat in [seat for seat in there if seat.region in self._coming]:
+            try:
+                for other in there:
+                    check_same_model(other, seat, values=False)
+            except ModelMismatch as differs:
+                unseated[seat.region] = differs
+                there.remove(seat)
+        self.membership.introduce(there, self.in_every_region, self.round)
+        if self.seats_change:
+            self._settle_newcomers(unseated)
+            self.seats_change = False
         for region, error in unseated.items():
-            if region in self._coming:
-                self._coming.remove(region)
-                self.folder.event("not_added", region=region, message=error.message)
-                self._part_with(region)
-            else:
+            if region in self.regions:
                 self.membership.lost(region, error, self.round)
-        for name in self._coming:  # with a seat: from here on who resumes the run needs it
+        self.folder.flush(must=False)
+
+    def _settle_newcomers(self, unseated: Mapping[str, GeotrainError]) -> None:
+        """All have taken their seats anew: from here on who resumes the run needs the new plan, and who has come in."""
+        for region in list(self._coming):
+            if (error := unseated.get(region)) is not None:
+                self.membership.part_with(region)
+                self._turn_away(region, error.message)
+        self._write_plan()
+        if self._coming:
+            self._write_inventory()
             self.folder.write("job.yaml", yaml.safe_dump(self.job.to_dict(), sort_keys=False))
-            self.folder.event("joined", region=name, round=self.round)
+        for region in self._coming:
+            self.folder.event("joined", region=region, round=self.round)
         self._coming.clear()
+
+    def _turn_away(self, region: str, why: str) -> None:
+        """A newcomer that does not come in after all."""
+        assert self.plan is not None
+        self._coming.remove(region)
+        self.job = self.job.without_region(region)
+        self.plan = self.plan.of([spec.name for spec in self.job.regions])
+        self.accounts.job, self.strategy = self.job, strategy_of(self.job.sync, len(self.job.regions))
+        del self.inventory[region]
+        self.folder.event("not_added", region=region, message=why)
+        self.board.status(region, "not added")
+        self.partitions[region].leave()
+        self.partitions[region].cluster.close()
 
     def segments_left(self) -> Iterator[int]:
         """Numbers of the segments still to train; they count from 1. One that ended early comes again."""
@@ -554,7 +595,14 @@ class Run:
         changes = short or self.leaving or self._noticed or self.replanner.waits
         if over or changes or self.control.stop.is_set() or self.control.turn.is_set():
             self._between_segments(short, over=over)
+            self.folder.flush(must=False)
         return over
+
+    def check_stop(self) -> None:
+        """Between two segments. Raises Stopped where that is wanted, once the last checkpoint is committed."""
+        if self.control.stop.is_set():
+            self.commits.settle(self._check_parts)
+            raise Stopped(self.id)
 
     def _between_segments(self, short: Sequence[str], *, over: bool) -> None:
         """What needs the checkpoint. One that was lost with a region is made up for by the next segment's."""
@@ -593,6 +641,7 @@ class Run:
             return
         self.left.add(region)
         self.membership.part_with(region)
+        self.folder.event("left", region=region)
         self.board.status(region, "left")
         self.partitions[region].leave()
         self.partitions[region].cluster.close()
@@ -610,35 +659,40 @@ class Run:
         before, self.plan = self.plan, self.replanner.plan_again(self.plan, self.job, trained, self.round, self.accounts.samples, newcomer)
         if self.plan is before:
             return
-        self.folder.write_json("plan.json", self.plan.to_dict())
         self.board.rounds = self.plan.rounds
         workers = {name: [workers_of(before).get(name, 0), count] for name, count in workers_of(self.plan).items()}
         per_hour = [sum(region.usd_per_round for region in plan.regions) / plan.round_s * 3600 for plan in (before, self.plan)]
         changed = {"every": [before.chosen.every, self.plan.chosen.every], "exchange_s": [before.exchange_s, self.plan.exchange_s]}
         changed |= {"workers": {name: both for name, both in workers.items() if both[0] != both[1]}, "usd_per_hour": per_hour}
         self.folder.event("replanned", round=self.round, rounds=self.plan.rounds, **changed)
-        self.folder.flush(must=False)
-        if any(was != now for was, now in workers.values()):
-            self._epoch = self.membership.roster.view.epoch + 1
-            self._take_up_here()
+        if newcomer is None and all(was == now for was, now in workers.values()):
+            self._write_plan()
+            return
+        self._epoch = self.membership.roster.view.epoch + 1
+        self._take_up_here()
 
     def _take_in(self, newcomer: Newcomer) -> None:
         """A region belongs to the run from here on."""
         name, self.job = newcomer.region, newcomer.job
-        self.left.discard(name)
         self._coming.append(name)
         self.inventory[name] = newcomer.inventory
         self.partitions.take_in(newcomer.partition)
         self.replanner.came_in()
         self.board.add(name)
         self.accounts.job, self.strategy = self.job, strategy_of(self.job.sync, len(self.job.regions))
+
+    def _write_inventory(self) -> None:
         self.folder.write_json("inventory.json", {n: [i and i.to_dict() for i in self.inventory[n]] for n in self.inventory})
 
     def _take_up_here(self) -> None:
-        """All take their seats anew, as of the checkpoint that was just made."""
+        """All take their seats anew, as of the checkpoint that was just made; the new plan is written once they have."""
         self.membership.close()
         self.resumed, self._membership, self.seats_change = self.commits.last, None, True
+        noticed, self._noticed = self._noticed, {}
         for region in self.regions:
+            if region in noticed:
+                self.partitions[region].let_go(noticed[region])
+                self.folder.event("worker_left", region=region, workers=sorted(noticed[region]))
             self.partitions[region].vacate()
 
     def _goal_reached(self, metrics: Mapping[str, float]) -> bool:

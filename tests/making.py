@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from geotrain.errors import Stopped
 from geotrain.job import JobSpec, parse_job
 from geotrain.run import Run
 
@@ -69,8 +68,7 @@ def conduct(run: Run, before_segment: Callable[[Run, int], None] = lambda run, s
             before_segment(run, segment)
             if run.synchronize(segment, run.in_every_region(run.train, segment)):
                 break
-            if run.control.stop.is_set():
-                raise Stopped(run.id)
+            run.check_stop()
             if run.seats_change:
                 run.introduce(run.seats(lambda: run.in_every_region(run.provision)))
         run.training = False

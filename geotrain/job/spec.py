@@ -377,6 +377,10 @@ class JobSpec(Spec):
         tree = self.to_dict()
         return JobSpec.model_validate({**tree, "regions": [*tree["regions"], region]})
 
+    def without_region(self, name: str) -> "JobSpec":
+        """The job as it was before `with_region`."""
+        return self.model_copy(update={"regions": tuple(region for region in self.regions if region.name != name)})
+
     def with_links(self, measured: Mapping[str, tuple[float, float]]) -> "JobSpec":
         """The job with what was measured, `tokyo>virginia` -> (Mbit/s, round trip in ms), in the place of what was believed."""
         if not measured:

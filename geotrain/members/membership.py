@@ -9,6 +9,7 @@ from typing import Any
 from geotrain.checkpoint import Manifest, StoredPart
 from geotrain.errors import (
     BadCheckpoint,
+    CheckpointUnreadable,
     ClusterError,
     ClusterUnreachable,
     GeotrainError,
@@ -36,6 +37,9 @@ LOOK_AGAIN_S = 5.0
 """Between two looks at who reaches whom, while somebody is silent."""
 AGAIN_S = 1.0
 """Between two attempts to bring a region back."""
+
+AWAY = (ClusterError, CheckpointUnreadable)
+"""What a region may come back from."""
 
 MakeOrder = Callable[..., SeatOrder]
 """Called with (region, rank, world, rendezvous, view, restore, joins, place)."""
@@ -71,6 +75,8 @@ class Membership:
         self._first: SeatTaken | None = None
         """Whose model all others must have."""
         self._belong = set(view.regions)
+        self._in_segment: set[str] = set()
+        """Regions that have entered a segment, and not ended it."""
         self._behind: set[str] = set()
         """Regions that came in and have not shown yet that they were brought up to date."""
         self.cuts = Cuts(plan.give_up_s)
@@ -99,11 +105,10 @@ class Membership:
     # The beginning.
 
     def introduce(self, seats: Sequence[SeatTaken], in_every_region: Callable[..., list[Any]], round: int) -> None:
-        """All regions begin: with one model, and it is settled how each leader reaches the others. Raises ModelMismatch."""
-        first, *rest = seats
-        for other in rest:
-            self._check_same_model(first, other, values=self.manifest is None)
-        self._first = first
+        """All that have a seat begin: with one model, and it is settled how each leader reaches the others. Raises ModelMismatch."""
+        for other in seats[1:]:
+            check_same_model(seats[0], other, values=self.manifest is None)
+        self._first = next(iter(seats), None)
         self._addresses = {seat.region: seat.wan for seat in seats}
         names = [seat.region for seat in seats]
         self._tried = dict(zip(names, in_every_region(self._try_links, regions=names), strict=True))
@@ -114,17 +119,11 @@ class Membership:
                 self.folder.event("link", region=region, to=to, transport=way, why=why or "the leader can dial it")
         for seat in seats:
             self._seated(seat)
-        if self.manifest is not None and any((part := self.manifest.part(name)) is None or part.round != round for name in self.present):
-            self.roster.begin_again()
+        if self.manifest is not None:
+            self._behind |= {name for name in self.present if (part := self.manifest.part(name)) is None or part.round != round}
+            if self._behind:
+                self.roster.begin_again()
         self.folder.flush()
-
-    def _check_same_model(self, first: SeatTaken, other: SeatTaken, *, values: bool) -> None:
-        compared = [("shape", first.fingerprint, other.fingerprint), *([("initial values", first.hashes, other.hashes)] if values else [])]
-        for what, mine, theirs in compared:
-            for name in sorted(mine.keys() | theirs.keys()):
-                if mine.get(name) != theirs.get(name):
-                    detail = f"its {what} differ" if name in mine and name in theirs else "only one of the two has it"
-                    raise ModelMismatch(other.region, first.region, name, detail)
 
     def _try_links(self, region: str) -> dict[str, str | None]:
         """Other region -> why the leader cannot dial it, None where it can; of the links that have a choice."""
@@ -160,10 +159,17 @@ class Membership:
             if self.roster.over(ticket):
                 return None
             if not self.roster.has_ended(region, ticket):  # what has begun is brought to its end, and checkpointed, below the quorum too
-                self.roster.wait_for_quorum(self.control.abort, self.job.elastic.give_up_after_s)
+                self.roster.wait_for_quorum(self._check_end, self.job.elastic.give_up_after_s)
             with self._lock:
                 if region in self.roster.view.regions:
+                    self._in_segment.add(region)
                     return self.roster.view, self.directory
+
+    def _check_end(self) -> None:
+        """While regions are waited for: below the quorum, with nothing under way, there is nothing to drain. Raises Stopped."""
+        drained = self.control.stop.is_set() and not self.roster.enough and not self._in_segment
+        if self.control.abort.is_set() or drained:
+            raise Stopped(self.control.run)
 
     def heard(self, region: str, message: Mapping[str, Any]) -> None:
         """What a leader told."""
@@ -231,12 +237,15 @@ class Membership:
     def end(self, region: str, ticket: int, view: View) -> bool:
         """At a segment's end; False: the view has changed, and the region must enter again."""
         self._behind.discard(region)
-        return self.roster.end(region, ticket, view.epoch, self.control.abort)
+        over = self.roster.end(region, ticket, view.epoch, self.control.abort)
+        self._in_segment.discard(region)
+        return over
 
     def lost(self, region: str, error: GeotrainError, round: int) -> None:
         """Its workers, or its cluster, are gone: the others go on in a view without it."""
         self.board.status(region, "lost")
         self.commits.lost(region)
+        self._in_segment.discard(region)
         with self._lock:
             self.cuts.forget(region)
             before = self.present
@@ -286,7 +295,6 @@ class Membership:
             self.roster.quorum = self.job.quorum_of(len(self._belong))
             view = self.roster.lose(region)
             self._addresses.pop(region, None)
-            self.folder.event("left", region=region)
             self._tell(view)
 
     def short_of_workers(self) -> list[str]:
@@ -317,12 +325,12 @@ class Membership:
             alone = len(self.present) == 1
             with self._seating:
                 view = self.roster.begin_again()
-                taken = self._seat(region, make_order, view, self.manifest.part(region), not alone, None)
+                taken = self._seat_with(self.manifest.part(region), region, make_order, view, not alone, None)
                 with self._lock:
                     self._addresses[region] = taken.wan
                     self._seated(taken)
                     self._tell(view)
-        except ClusterError as error:
+        except AWAY as error:
             self.lost(region, error, self.manifest.round)
 
     def _tell(self, view: View) -> None:
@@ -331,6 +339,7 @@ class Membership:
         self.board.enter(self.stage)
         for region in view.regions:
             self.partitions[region].tell_view(view, self.directory)
+        self.folder.flush_soon()
 
     @property
     def stage(self) -> str:
@@ -344,8 +353,7 @@ class Membership:
         """Again and again until it has a seat, or the others have ended the segment. Raises QuorumLost, Stopped."""
         unreachable = False
         while not self.roster.over(ticket):
-            if self.control.abort.is_set():
-                raise Stopped(self.control.run)
+            self._check_end()
             self.roster.check_quorum(self.job.elastic.give_up_after_s)
             self.board.status(region, "waiting for a worker")
             try:
@@ -356,13 +364,13 @@ class Membership:
                         continue
                     del self._cut_off[region]
                 if unreachable:
-                    self.partitions[region].reopen()
+                    self.partitions[region].reopen(self.plan.region(region).workers)
                     unreachable = False
                 self.partitions[region].regroup(self.plan.region(region).workers, REPLACED_S)
                 self.board.status(region, "building the model")
                 if self._take_seat_again(region, ticket, make_order):
                     return
-            except ClusterError as error:
+            except AWAY as error:
                 self.board.status(region, f"lost: {error.message}")
                 unreachable = isinstance(error, ClusterUnreachable)
                 self.partitions[region].abandon()
@@ -379,15 +387,9 @@ class Membership:
                 return False  # another region has what all agreed on
             place = None if alone else self.tally.place(region)
             view = self.roster.with_(region)
-            try:
-                taken = self._seat(region, make_order, view, part, not alone, place)
-            except BadCheckpoint as error:
-                if alone:
-                    raise
-                self.folder.event("bad_checkpoint", message=error.message, region=region)
-                taken = self._seat(region, make_order, view, None, True, place)  # the others have what matters
+            taken = self._seat_with(part, region, make_order, view, not alone, place)
             if self._first is not None:
-                self._check_same_model(self._first, taken, values=False)
+                check_same_model(self._first, taken, values=False)
             with self._lock:
                 if not alone and not self.present:
                     return False
@@ -403,6 +405,17 @@ class Membership:
         self.board.status(region, "back")
         return True
 
+    def _seat_with(
+        self, part: StoredPart | None, region: str, make_order: MakeOrder, view: View, joins: bool, place: Place | None
+    ) -> SeatTaken:
+        try:
+            return self._seat(region, make_order, view, part, joins, place)
+        except BadCheckpoint as error:
+            if not joins:
+                raise
+            self.folder.event("bad_checkpoint", message=error.message, region=region)
+            return self._seat(region, make_order, view, None, True, place)  # the others have what matters
+
     def _seat(self, region: str, make_order: MakeOrder, view: View, part: StoredPart | None, joins: bool, place: Place | None) -> SeatTaken:
         return self.partitions[region].take_seats(
             lambda rank, world, rendezvous: make_order(region, rank, world, rendezvous, view, part, joins, place)
@@ -411,3 +424,13 @@ class Membership:
     def parts_of_absent(self, there: set[str]) -> list[StoredPart]:
         """What the last manifest has of the others."""
         return [part for part in self.manifest.parts if part.region not in there] if self.manifest else []
+
+
+def check_same_model(first: SeatTaken, other: SeatTaken, *, values: bool) -> None:
+    """Raises ModelMismatch where two regions built different models, or, of `values`, begin from other ones."""
+    compared = [("shape", first.fingerprint, other.fingerprint), *([("initial values", first.hashes, other.hashes)] if values else [])]
+    for what, mine, theirs in compared:
+        for name in sorted(mine.keys() | theirs.keys()):
+            if mine.get(name) != theirs.get(name):
+                detail = f"its {what} differ" if name in mine and name in theirs else "only one of the two has it"
+                raise ModelMismatch(other.region, first.region, name, detail)

@@ -94,7 +94,7 @@ class Replanner:
         Then the segment is asked to end early; or the event `not_added` says why it cannot come in.
         """
         if (self._preparing is not None and self._preparing.is_alive()) or self.newcomer is not None:
-            self.folder.event("not_added", region=region, message="another region is coming in: ask again when it is there")
+            self._refuse(region, "another region is coming in: ask again when it is there")
             return
         self._preparing = threading.Thread(
             target=self._prepare, args=(job, region, known, partition), name="geotrain-newcomer", daemon=True
@@ -115,10 +115,14 @@ class Replanner:
         except Exception as error:  # whatever it was, somebody waits for an answer
             self._forget()
             why = error.message if isinstance(error, GeotrainError) else f"{type(error).__name__}: {error}"
-            self.folder.event("not_added", region=region, message=why)
+            self._refuse(region, why)
             return
         self.newcomer = Newcomer(region, job, come, inventory, probed)
         self.control.turn.set()
+
+    def _refuse(self, region: str, why: str) -> None:
+        self.folder.event("not_added", region=region, message=why)
+        self.folder.flush(must=False)
 
     def came_in(self) -> None:
         """The newcomer is the run's now, and so is its cluster."""

@@ -87,12 +87,11 @@ class Roster:
         """Whether all that are in have ended this segment."""
         return self._over >= ticket
 
-    def wait_for_quorum(self, aborted: threading.Event, give_up_after_s: float) -> None:
-        """Raises QuorumLost, Stopped."""
+    def wait_for_quorum(self, check: Callable[[], None], give_up_after_s: float) -> None:
+        """`check`: called meanwhile; raises when nobody is to wait any longer. Raises QuorumLost."""
         with self._changed:
             while not self.enough:
-                if aborted.is_set():
-                    raise Stopped(self.run)
+                check()
                 self.check_quorum(give_up_after_s)
                 self._changed.wait(POLL_S)
 

@@ -78,11 +78,13 @@ class Partition:
             self.client.unsubscribe_topic(name)
         self.client.subscribe_topic(name, self._heard)
 
-    def reopen(self) -> None:
-        """Reach the cluster anew, after its scheduler was lost. Raises ClusterError."""
+    def reopen(self, workers: int) -> None:
+        """Reach the cluster anew, after its scheduler was lost; one of our own is asked for so many workers. Raises ClusterError."""
         with suppress(*CLIENT_ERRORS):
             self.cluster.close()
         self.cluster = open_cluster(self.job.region(self.region))
+        if self.cluster.cluster is not None:
+            self.cluster.cluster.scale(workers)
         self._listen()
         self.cluster.ship(self.job.code)
 
@@ -102,8 +104,15 @@ class Partition:
         return answer
 
     def scale(self, workers: int) -> None:
-        """Bring the cluster to the planned size. Raises ClusterTooSmall."""
-        self.workers = self.cluster.scale(workers)
+        """Bring the cluster to the planned size. Raises ClusterTooSmall, ClusterUnreachable."""
+        try:
+            self.workers = self.cluster.scale(workers)
+            if not set(self.workers) <= set(usable := self._usable()):
+                if len(usable) < workers:
+                    raise ClusterTooSmall(self.region, workers, len(usable), 0.0)
+                self.workers = usable[:workers]
+        except CLIENT_ERRORS as error:
+            raise ClusterUnreachable(self.region, str(self.client.scheduler), str(error)) from error
 
     def regroup(self, workers: int, patience_s: float) -> int:
         """Take the workers that are there, at most so many, after giving those that were lost some time to be replaced; at least one.
@@ -130,7 +139,9 @@ class Partition:
             return False
 
     def _usable(self) -> list[str]:
-        return [worker for worker in self.cluster.workers() if worker not in self._unusable]
+        there = self.cluster.workers()
+        self._unusable.intersection_update(there)  # one that went, and comes to the same address, is another
+        return [worker for worker in there if worker not in self._unusable]
 
     def take_seats(self, order: Callable[[int, int, str | None], SeatOrder]) -> SeatTaken:
         """Seat every worker; `order` makes the order for (rank, workers, rendezvous). Returns the leader's answer."""
@@ -172,9 +183,9 @@ class Partition:
                 # Client.run, with a time limit: it waits for a worker that hangs as long as that is connected
                 self.client.sync(self.client._run, on_worker, *words, workers=workers, on_error="ignore", callback_timeout=TELL_S)
 
-        self._telling = [thread for thread in self._telling if thread.is_alive()]
-        self._telling.append(threading.Thread(target=say, name=f"geotrain-tell-{self.region}", daemon=True))
-        self._telling[-1].start()
+        telling = threading.Thread(target=say, name=f"geotrain-tell-{self.region}", daemon=True)
+        telling.start()
+        self._telling = [thread for thread in [*self._telling, telling] if thread.is_alive()]
 
     def evaluate(self) -> dict[str, tuple[float, float]]:
         """Held-out sums and counts. Raises TaskFailed."""

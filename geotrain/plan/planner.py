@@ -100,6 +100,10 @@ class Plan:
         rounds, every = (kept[-1].rounds, kept[-1].every) if kept else (self.first_rounds, self.first_every)
         return replace(self, changes=kept, rounds=rounds, chosen=replace(self.chosen, every=every))
 
+    def of(self, names: Collection[str]) -> "Plan":
+        """Of these regions alone: the others are not part of the run."""
+        return replace(self, regions=tuple(region for region in self.regions if region.region in names))
+
     def region(self, name: str) -> RegionPlan:
         return next(plan for plan in self.regions if plan.region == name)
 

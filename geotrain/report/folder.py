@@ -40,6 +40,7 @@ class RunFolder:
         self._fs, self._path = open_url(self.url)
         self._lock, self._flushing = threading.Lock(), threading.Lock()
         self._pending: dict[str, list[str]] = {"rounds.jsonl": [], "events.jsonl": []}
+        self._soon: list[threading.Thread] = []
 
     @property
     def appends(self) -> bool:
@@ -105,6 +106,9 @@ class RunFolder:
 
         Raises OutputUnwritable; unless it `must` be now: then what cannot be written is kept for the next time.
         """
+        if must:
+            for thread in self._soon:
+                thread.join()
         with self._flushing:
             for name in self._pending:
                 with self._lock:
@@ -119,6 +123,15 @@ class RunFolder:
                     continue
                 with self._lock:
                     del self._pending[name][: len(lines)]
+
+    def flush_soon(self) -> None:
+        """The same where nobody may wait for an object store."""
+        if self.appends:
+            self.flush(must=False)
+            return
+        thread = threading.Thread(target=self.flush, kwargs={"must": False}, name="geotrain-flush", daemon=True)
+        thread.start()
+        self._soon = [one for one in [*self._soon, thread] if one.is_alive()]
 
     def _add_lines(self, path: str, text: str) -> None:
         try:

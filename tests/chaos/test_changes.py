@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from geotrain.charge import ask
 from geotrain.job import JobSpec
+from geotrain.partition.orders import SeatTaken
 from geotrain.partition.partition import Partition
 from geotrain.report.ledger import ledger
 from geotrain.run import Run
@@ -138,3 +140,65 @@ def test_a_newcomer_that_dies_at_the_door_does_not_come_in_and_the_others_go_on(
     assert not events(run, "joined", "lost")
     assert ledger(run.folder)["balanced"]
     assert [region.name for region in run.folder.job().regions] == ["north", "south"]
+
+
+def test_a_newcomer_with_another_model_does_not_come_in_and_may_come_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a region has another version of the task's code."""
+    west = job_of(tmp_path, "ma").to_dict()["regions"][2]
+    run = Run.start(job_of(tmp_path, "ma", regions=("north", "south"), train={"batch_size": 10, "epochs": 300, "seed": 3}))
+    take_seats, wrong = Partition.take_seats, list[str]()
+
+    def differs(self: Partition, order: Any) -> SeatTaken:
+        taken = take_seats(self, order)
+        if self.region != "west" or wrong:
+            return taken
+        wrong.append("west")
+        return replace(taken, fingerprint={**taken.fingerprint, "4.weight": "float32 1x1"})
+
+    monkeypatch.setattr(Partition, "take_seats", differs)
+
+    def add(run: Run) -> None:
+        ask(run.folder.url, "add", region=west)
+        while not events(run, "not_added"):
+            time.sleep(0.1)
+        ask(run.folder.url, "add", region=west)
+
+    summary = conduct(run, in_mid_run(add, round=20))
+    assert "4.weight" in events(run, "not_added")[0]["message"]
+    assert [event["region"] for event in events(run, "joined")] == ["west"]
+    assert not events(run, "lost")
+    assert ledger(run.folder)["balanced"]
+    assert [region["region"] for region in summary["regions"]] == ["north", "south", "west"]
+
+
+def test_a_newcomer_alone_takes_the_model_of_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only region that has it dies while all take their seats anew."""
+    west = job_of(tmp_path, "ma").to_dict()["regions"][2]
+    run = Run.start(job_of(tmp_path, "ma", regions=("north",), train={"batch_size": 10, "epochs": 400, "seed": 3}))
+    loses_its_worker(monkeypatch, "north", before_seat=2)
+    summary = conduct(run, in_mid_run(lambda run: ask(run.folder.url, "add", region=west), round=20))
+    assert events(run, "joined")
+    rounds = [event["round"] for event in events(run, "segment")]
+    assert rounds == sorted(rounds)
+    assert summary["metrics"]["mse"] < 1.0
+    assert ledger(run.folder)["balanced"]
+
+
+def test_a_worker_gets_sigterm_while_another_plan_is_about_to_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    west = job_of(tmp_path, "ma").to_dict()["regions"][2]
+    run = Run.start(job_of(tmp_path, "ma", regions=("north", "south"), train={"batch_size": 10, "epochs": 200, "seed": 3}))
+    take_in = Run._take_in
+
+    def noticed(self: Run, newcomer: Any) -> None:
+        os.kill(pid_of(self, "south"), signal.SIGTERM)
+        while not self._noticed:
+            time.sleep(0.02)
+        take_in(self, newcomer)
+
+    monkeypatch.setattr(Run, "_take_in", noticed)
+    conduct(run, in_mid_run(lambda run: ask(run.folder.url, "add", region=west), round=20))
+    assert [event["region"] for event in events(run, "worker_left")] == ["south"]
+    assert events(run, "joined")
+    found = ledger(run.folder)
+    assert found["balanced"], found
+    assert not any(row["again"] for row in found["regions"])

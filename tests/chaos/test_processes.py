@@ -17,7 +17,8 @@ import pytest
 import yaml
 from distributed import LocalCluster
 
-from geotrain.errors import ClusterTooSmall, QuorumLost
+from geotrain.charge import ask
+from geotrain.errors import ClusterTooSmall, QuorumLost, Stopped
 from geotrain.job import JobSpec
 from geotrain.partition.partition import Partition
 from geotrain.report.folder import RunFolder
@@ -196,6 +197,25 @@ def test_below_the_quorum_the_run_pauses_with_a_checkpoint(tmp_path: Path) -> No
     assert len(rounds) > 1, f"the segment ended early: {rounds}"
     order = [event["event"] for event in events(run, "lost", "segment", "back")]
     assert order[order.index("lost") :][:3] == ["lost", "segment", "back"], "the checkpoint does not wait for the region"
+    assert ledger(run.folder)["balanced"]
+
+
+def test_a_stop_is_heard_while_the_quorum_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        Partition, "regroup", lambda self, workers, patience_s: (_ for _ in ()).throw(ClusterTooSmall(self.region, 1, 0, 1))
+    )
+    run = Run.start(job_of(tmp_path, "ma", regions=("north", "south"), elastic={"quorum": 2}))
+
+    def strike(run: Run) -> None:
+        os.kill(pid_of(run, "south"), signal.SIGKILL)
+        while run.membership.roster.enough or run.membership._in_segment:
+            time.sleep(0.05)
+        ask(run.folder.url, "stop")
+
+    with pytest.raises(Stopped):
+        conduct(run, in_mid_run(strike))
+    monkeypatch.undo()
+    conduct(Run.resume(run.folder))
     assert ledger(run.folder)["balanced"]
 
 

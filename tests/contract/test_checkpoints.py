@@ -10,7 +10,7 @@ import torch
 
 from geotrain import checkpoint
 from geotrain.checkpoint import Manifest, StoredPart
-from geotrain.errors import BadCheckpoint, OutputUnwritable
+from geotrain.errors import BadCheckpoint, CheckpointUnreadable, OutputUnwritable
 
 
 @pytest.fixture(params=["local", "memory", "s3"])
@@ -91,6 +91,26 @@ def test_of_a_broken_manifest_the_one_before_is_taken(url: str) -> None:
     assert latest.round == 10
     checkpoint.set_aside(url, 10)
     assert checkpoint.latest(url) is None
+
+
+def test_a_part_that_cannot_be_read_is_not_called_damaged(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = part(url, "north", 10)
+
+    def denied(url: str) -> bytes:
+        raise PermissionError("the token has expired")
+
+    monkeypatch.setattr(checkpoint, "read_bytes", denied)
+    with pytest.raises(CheckpointUnreadable, match="region north cannot read .* the token has expired"):
+        checkpoint.read_part(written)
+
+
+def test_what_was_written_for_a_checkpoint_that_is_set_aside_is_not_committed_late(url: str) -> None:
+    fs, path = fsspec.core.url_to_fs(checkpoint.join(url, "checkpoints"))
+    for round in (10, 20, 30):
+        checkpoint.commit(url, manifest(url, round, part(url, "north", round)))
+        checkpoint.write_bytes("region north", checkpoint.join(checkpoint.folder(url, round), "north.done.json"), b"{}")
+    checkpoint.set_aside(url, 20)
+    assert [name.rsplit("/", 2)[-2] for name in fs.glob(f"{path}/*/*.done.json")] == ["00000010"]
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
