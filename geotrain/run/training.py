@@ -1,0 +1,213 @@
+"""Segment after segment, and what changes between two of them."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+from geotrain.checkpoint import Manifest
+from geotrain.errors import (
+    ClusterError,
+    Diverged,
+    JobError,
+    NonFiniteLoss,
+    Stopped,
+)
+from geotrain.members.replanner import Newcomer, workers_of
+from geotrain.metrics import add_sums, means
+from geotrain.partition.orders import SegmentDone, SegmentOrder
+from geotrain.partition.partition import WORKERS_CHECK_S
+from geotrain.run.seating import Seating
+from geotrain.sync.strategy import Merging, strategy_of
+
+
+class Training(Seating):
+    """A run whose regions have their seats."""
+
+    def segments_left(self) -> Iterator[int]:
+        """Numbers of the segments still to train; they count from 1. One that ended early comes again."""
+        assert self.plan is not None
+        if self.resumed and self._goal_reached(self.resumed.metrics):
+            return
+        while self.round < self.plan.rounds:
+            yield self.plan.segment_of(self.round)
+
+    def train(self, region: str, segment: int) -> SegmentDone | None:
+        """A region's part of a segment, however often it is lost meanwhile; None when the others ended it without this region.
+
+        Raises TaskError, WanError, StateError, QuorumLost, Stopped.
+        """
+        assert self.plan is not None
+        self.board.enter(self.membership.stage)
+        until, ticket = self.plan.segment_end(segment), self._ticket
+        while (now := self.membership.enter(region, ticket, self._seat_order)) is not None:
+            view, directory = now
+            self.board.status(region, "running")
+            order = SegmentOrder(segment, ticket, until, self.plan.change_at(self.round), view, directory, self.round, self.folder.url)
+            try:
+                done = self.partitions[region].train(order, self.plan.hangs_after_s(region))
+            except ClusterError as error:
+                self.membership.lost(region, error, self.round)
+                continue
+            except Stopped:
+                if self.control.abort.is_set():
+                    raise
+                if (cut_off := self.membership.cut_off(region)) is not None:
+                    self.membership.lost(region, cut_off, self.round)
+                elif region in self.present:
+                    raise
+                continue  # it was told to begin again
+            except NonFiniteLoss as error:
+                if region in self._spoilt:
+                    raise
+                self._spoilt.add(region)  # once: a bad machine may be the reason, or an optimizer that has lost its way
+                self.membership.lost(region, error, self.round)
+                continue
+            self.board.status(region, f"segment {segment} done")
+            if self.membership.end(region, ticket, view):
+                return done
+        return None
+
+    def synchronize(self, segment: int, parts: Sequence[SegmentDone | None]) -> bool:
+        """The barrier: agreed, metrics known, a checkpoint under way. True when training is over.
+
+        The checkpoint is committed while the next segment trains; whatever else follows waits for it. Raises Diverged, OutputUnwritable.
+        """
+        assert self.plan is not None
+        done = [part for part in parts if part is not None]
+        rounds = {part.round for part in done}
+        hashes = {part.region: part.sha256[:12] for part in done}
+        if len(rounds) != 1 or (isinstance(self.strategy, Merging) and len(set(hashes.values())) != 1):
+            raise Diverged(max(rounds), hashes)
+        self.round = rounds.pop()
+        self.commits.settle(self._check_parts)  # of the segment before: its manifest has the parts of those that are away
+        for part in done:
+            self.accounts.segment(part)
+        for region, samples in self.membership.rows_made_up().items():
+            self.accounts.rows(region, samples)
+        self.metrics = means(add_sums([part.metrics for part in sorted(done, key=lambda part: part.region)]))
+        self.board.metrics = self.metrics
+        manifest = Manifest(
+            run=self.id,
+            segment=segment,
+            round=self.round,
+            epoch=self.membership.roster.view.epoch,
+            samples=self.accounts.samples,
+            parent=self.warm_start.number if self.warm_start else None,
+            metrics=self.metrics,
+            totals={region: dict(sums) for region, sums in self.accounts.totals.items()},  # as they are now: it is written later
+            parts=tuple(self.membership.parts_of_absent({part.region for part in done})),
+        )
+        self.commits.begin(manifest, {part.region: (part.life, part.staging) for part in done}, self._check_parts)
+        facts = {"metrics": self.metrics, "hashes": hashes, "samples": manifest.samples}
+        self.folder.event("segment", segment=segment, round=self.round, stall_s=max(part.stall_s for part in done), **facts)
+        self.folder.flush(must=False)
+        self._ticket += 1
+        self._spoilt.clear()
+        over = self.round >= self.plan.rounds or self._goal_reached(self.metrics)
+        short = [] if over else self.membership.short_of_workers()
+        changes = short or self.leaving or self._noticed or self.replanner.waits
+        if over or changes or self.control.stop.is_set() or self.control.turn.is_set():
+            self._between_segments(short, over=over)
+            self.folder.flush(must=False)
+        return over
+
+    def check_stop(self) -> None:
+        """Between two segments. Raises Stopped where that is wanted, once the last checkpoint is committed."""
+        if self.control.stop.is_set():
+            self.commits.settle(self._check_parts)
+            raise Stopped(self.id)
+
+    def _between_segments(self, short: Sequence[str], *, over: bool) -> None:
+        """What needs the checkpoint. One that was lost with a region is made up for by the next segment's."""
+        self.commits.settle(self._check_parts)
+        if self.commits.last is None or self.commits.last.round != self.round:
+            return
+        self.control.turn.clear()
+        for region in sorted(self.leaving & set(self.regions)):
+            self._part_with(region)
+        if not over and not self.control.stop.is_set():
+            self._replan()
+        if self.seats_change or over or self.control.stop.is_set():
+            return
+        noticed, self._noticed = self._noticed, {}
+        for region in sorted(noticed.keys() & set(self.present)):
+            self.membership.let_go(region, noticed[region], self._seat_order)
+        if short := [region for region in short if region in self.present and region not in noticed]:
+            self.in_every_region(self.membership.take_in_workers, self._seat_order, regions=short)
+
+    def _check_parts(self) -> None:
+        """While a checkpoint is waited for: nobody else looks at the workers then. Raises Stopped."""
+        if self.control.abort.is_set():
+            raise Stopped(self.id)
+        if time.monotonic() - self._looked_at < WORKERS_CHECK_S:
+            return
+        self._looked_at = time.monotonic()
+        for region in self.commits.awaited:
+            if not self.partitions[region].leader_is_there():
+                self.commits.lost(region)
+
+    def _part_with(self, region: str) -> None:
+        """A region leaves in peace: what it learned is in the checkpoint."""
+        self.leaving.discard(region)
+        if self.present == (region,):
+            self.folder.event("stays", region=region, why="no other region is there")
+            return
+        self.left.add(region)
+        self.membership.part_with(region)
+        self.folder.event("left", region=region)
+        self.board.status(region, "left")
+        self.partitions[region].leave()
+        self.partitions[region].cluster.close()
+
+    def _replan(self) -> None:
+        """For what has turned out since; after the manifest, which an older plan must not contradict."""
+        assert self.plan is not None
+        if set(self.present) != set(self.regions):
+            return  # who is away could take no other seat
+        if self.left and self.job.sync.topology == "owners":
+            return  # the parts of the model that its owners merge stay as they are
+        if (newcomer := self.replanner.newcomer) is not None:
+            self._take_in(newcomer)
+        trained = {region: self.inventory[region][0] for region in self.regions}
+        before, self.plan = self.plan, self.replanner.plan_again(self.plan, self.job, trained, self.round, self.accounts.samples, newcomer)
+        if self.plan is before:
+            return
+        self.board.rounds = self.plan.rounds
+        workers = {name: [workers_of(before).get(name, 0), count] for name, count in workers_of(self.plan).items()}
+        per_hour = [sum(region.usd_per_round for region in plan.regions) / plan.round_s * 3600 for plan in (before, self.plan)]
+        changed = {"every": [before.chosen.every, self.plan.chosen.every], "exchange_s": [before.exchange_s, self.plan.exchange_s]}
+        changed |= {"workers": {name: both for name, both in workers.items() if both[0] != both[1]}, "usd_per_hour": per_hour}
+        self.folder.event("replanned", round=self.round, rounds=self.plan.rounds, **changed)
+        if newcomer is None and all(was == now for was, now in workers.values()):
+            self._write_plan()
+            return
+        self._epoch = self.membership.roster.view.epoch + 1
+        self._take_up_here()
+
+    def _take_in(self, newcomer: Newcomer) -> None:
+        """A region belongs to the run from here on."""
+        name, self.job = newcomer.region, newcomer.job
+        self._coming.append(name)
+        self.inventory[name] = newcomer.inventory
+        self.partitions.take_in(newcomer.partition)
+        self.replanner.came_in()
+        self.board.add(name)
+        self.accounts.job, self.strategy = self.job, strategy_of(self.job.sync, len(self.job.regions))
+
+    def _goal_reached(self, metrics: Mapping[str, float]) -> bool:
+        goal = self.job.train.until
+        if goal is None:
+            return False
+        if goal.metric not in metrics:
+            raise JobError(f"train.until: the task evaluates no '{goal.metric}'; it has: {', '.join(sorted(metrics))}")
+        return goal.reached(metrics[goal.metric])
+
+    @property
+    def needs_final_merge(self) -> bool:
+        """Some strategies leave every region with a replica of its own."""
+        return not self.strategy.ends_equal
+
+    def merge_fully(self, region: str) -> str:
+        self.board.enter("final merge")
+        digest, traffic, seconds = self.partitions[region].merge_fully(self.membership.directory)
+        self.accounts.add(region, traffic, seconds=seconds)
+        return digest
