@@ -29,7 +29,7 @@ lint: env  ## ruff, mypy strict, the layers
 	$(BIN)/python -m pytest -q tests/unit/test_layers.py
 
 chaos: env  ## faults in real processes, then the core in virtual time: make chaos SEEDS=100000; the seed of a failure replays it
-	$(BIN)/python -m pytest -q -m "chaos or not chaos" tests/chaos/test_processes.py tests/chaos/test_stores.py tests/chaos/test_matrix.py
+	$(BIN)/python -m pytest -q -m "chaos or not chaos" tests/chaos/test_processes.py tests/chaos/test_changes.py tests/chaos/test_stores.py tests/chaos/test_matrix.py
 	$(BIN)/python -m tests.chaos --seeds $(SEEDS)
 
 bench: env  ## every measurement, one after the other; results in bench/results
