@@ -15,9 +15,9 @@ from typing import Any
 import psutil
 
 from geotrain.errors import NotRunning, OutputUnwritable, RunTaken
-from geotrain.stores import STORE_ERRORS, create_whole, open_url, write_whole
+from geotrain.stores import STORE_ERRORS, create_whole, is_local, open_url, write_whole
 
-BEAT_S = 2.0
+BEAT_S, LOCAL_BEAT_S = 2.0, 0.5
 """Between two looks at the requests."""
 RENEW_S = 4.0
 LEASE_S = 20.0
@@ -96,7 +96,7 @@ class Charge:
 
     def _renew(self) -> None:
         beat, renewed = 0, time.monotonic()
-        while not self._over.wait(BEAT_S):
+        while not self._over.wait(min(BEAT_S, LOCAL_BEAT_S) if is_local(self.fs) else BEAT_S):
             try:
                 for request in self._requests():
                     self.asked(request.pop("what"), request)

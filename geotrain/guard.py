@@ -6,6 +6,7 @@ the process that holds the other side, however it ends.
 
 import atexit
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ def start() -> None:
     os.environ[MARK] = uuid.uuid4().hex
     command = [sys.executable, "-m", "geotrain.guard", os.environ[MARK]]
     guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    atexit.register(gc.freeze)  # the last of all: Python would look through all that Prefect and Dask have made, for a second and more
     atexit.register(guard.communicate)
 
 
