@@ -1,12 +1,14 @@
 """What all tests share: a quiet Prefect in a home of its own, one compute thread, and a check that nothing is left behind."""
 
+import atexit
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
 
 os.environ |= {
-    "PREFECT_HOME": os.environ.get("GEOTRAIN_TEST_PREFECT_HOME") or tempfile.mkdtemp(prefix="geotrain-prefect-"),
+    "PREFECT_HOME": tempfile.mkdtemp(prefix="geotrain-prefect-"),
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
@@ -22,6 +24,7 @@ from tests.s3 import bucket, flaky, s3_server
 
 __all__ = ["bucket", "flaky", "s3_server"]
 
+atexit.register(shutil.rmtree, os.environ["PREFECT_HOME"], ignore_errors=True)  # after Prefect, imported later, has ended its server
 settings.register_profile("geotrain", deadline=None, derandomize=True)
 settings.load_profile("geotrain")
 torch.set_num_threads(1)
