@@ -46,7 +46,6 @@ def kill_all(run: Run) -> None:
 FAULTS: dict[str, Callable[[Run], None]] = {
     "leader killed": lambda run: os.kill(pid_of(run, 0), signal.SIGKILL),
     "one worker of two killed": lambda run: os.kill(pid_of(run, 1), signal.SIGKILL),
-    "leader hangs": lambda run: os.kill(pid_of(run, 0), signal.SIGSTOP),
     "leader gets SIGTERM": lambda run: os.kill(pid_of(run, 0), signal.SIGTERM),
     "all leaders killed": kill_all,
 }
