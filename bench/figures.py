@@ -132,9 +132,14 @@ def goodput(found: dict[str, Any]) -> list[str]:
         "|---|---|---|",
     ]
     for mean in (name for name in ways["geotrain"] if name != "undisturbed"):
-        ours, theirs = (ways[name][mean]["of undisturbed"] for name in ("geotrain", "plain DDP"))
-        lines.append(f"| {mean} | {ours:.2f} | {theirs:.2f} |")
-    return lines
+        ours, theirs = (ways[name][mean] for name in ("geotrain", "plain DDP"))
+        times = f"{len(ours['faults'])} in {ours['seconds']:.0f} s", f"{theirs['restarts']} in {theirs['seconds']:.0f} s"
+        lines.append(f"| {mean} | {ours['of undisturbed']:.2f} ({times[0]}) | {theirs['of undisturbed']:.2f} ({times[1]}) |")
+    return [
+        *lines,
+        "",
+        "One run each; in brackets the faults that it had. DDP's are kills of one process; geotrain's also of two, and links cut.",
+    ]
 
 
 def checkpoints(found: dict[str, Any]) -> list[str]:
@@ -154,7 +159,8 @@ def checkpoints(found: dict[str, Any]) -> list[str]:
                 range_of(speed["torch.save"]),
             ]
             lines.append(f"| {size} | {' | '.join(cells)} |")
-    return lines
+    first = " and ".join(f"{case['first stall_s']:.1f} s" for case in found["results"].values() if isinstance(case, dict))
+    return [*lines, "", f"The first checkpoint of a seat takes fresh memory, and longer: {first}."]
 
 
 def range_of(spread: dict[str, float], digits: int = 2) -> str:
