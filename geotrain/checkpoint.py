@@ -29,6 +29,12 @@ SAFETENSORS_NAMES = {
     "torch.int8": "I8",
     "torch.uint8": "U8",
     "torch.bool": "BOOL",
+    "torch.complex64": "C64",
+    "torch.float8_e4m3fn": "F8_E4M3",
+    "torch.float8_e5m2": "F8_E5M2",
+    "torch.uint16": "U16",
+    "torch.uint32": "U32",
+    "torch.uint64": "U64",
 }
 
 # torch is imported where tensors are touched: manifests are read and committed in the flow's process, which has none.
@@ -116,7 +122,7 @@ def pack(tensors: Mapping[str, "Tensor"], facts: Mapping[str, Any] | None = None
     image[:begin] = len(head).to_bytes(8, "little") + head
     body = torch.frombuffer(image, dtype=torch.uint8)[begin:]
     for (_, tensor), end in zip(ordered, ends, strict=True):
-        body[end - tensor.nbytes : end] = tensor.detach().reshape(-1).view(torch.uint8)
+        body[end - tensor.nbytes : end] = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
     return image
 
 

@@ -52,7 +52,7 @@ def is_local(fs: Any) -> bool:
 def write_whole(fs: Any, path: str, content: bytes | bytearray) -> None:
     """Write an object so that it is there whole or not at all: on a local disk by rename. Raises one of STORE_ERRORS."""
     if not is_local(fs):  # elsewhere folders are no things, and a bucket that is not there must not be made by accident
-        fs.pipe_file(path, content)
+        fs.pipe_file(path, content if "s3" in fs.protocol else bytes(content))  # some take nothing else for one object
         return
     fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
     with fs.open(f"{path}.tmp", "wb") as file:

@@ -111,7 +111,7 @@ class Membership:
         self._first = next(iter(seats), None)
         self._addresses = {seat.region: seat.wan for seat in seats}
         names = [seat.region for seat in seats]
-        self._tried = dict(zip(names, in_every_region(self._try_links, regions=names), strict=True))
+        self._tried = dict(zip(names, in_every_region(self._try_links, regions=names) if names else [], strict=True))
         self.directory = self._directory(self.roster.view)
         for region, dialled in self._tried.items():
             for to, why in dialled.items():
@@ -132,7 +132,10 @@ class Membership:
             for other in others_with_a_choice(self.job, region)
             if "flight" in self._addresses.get(other, {})
         }
-        return self.partitions[region].reach(there) if there else {}
+        try:
+            return self.partitions[region].reach(there) if there else {}
+        except ClusterUnreachable:  # it is lost by now, and that is noticed when it is to train
+            return dict.fromkeys(there, "its leader cannot be asked")
 
     def _directory(self, view: View) -> Directory:
         return directory_of(
@@ -156,17 +159,21 @@ class Membership:
                 return None
             if region not in self.roster.view.regions:
                 self._bring_back(region, ticket, make_order)
+            if not self._in_segment and not self.roster.has_ended(region, ticket):
+                # what has begun is brought to its end, and checkpointed, below the quorum too
+                self.roster.wait_for_quorum(ticket, lambda: self._check_end(ticket), self.job.elastic.give_up_after_s)
             if self.roster.over(ticket):
+                self._in_segment.discard(region)
                 return None
-            if not self.roster.has_ended(region, ticket):  # what has begun is brought to its end, and checkpointed, below the quorum too
-                self.roster.wait_for_quorum(self._check_end, self.job.elastic.give_up_after_s)
             with self._lock:
                 if region in self.roster.view.regions:
                     self._in_segment.add(region)
                     return self.roster.view, self.directory
 
-    def _check_end(self) -> None:
+    def _check_end(self, ticket: int) -> None:
         """While regions are waited for: below the quorum, with nothing under way, there is nothing to drain. Raises Stopped."""
+        if self.roster.over(ticket):
+            return
         drained = self.control.stop.is_set() and not self.roster.enough and not self._in_segment
         if self.control.abort.is_set() or drained:
             raise Stopped(self.control.run)
@@ -238,7 +245,8 @@ class Membership:
         """At a segment's end; False: the view has changed, and the region must enter again."""
         self._behind.discard(region)
         over = self.roster.end(region, ticket, view.epoch, self.control.abort)
-        self._in_segment.discard(region)
+        if over:
+            self._in_segment.discard(region)
         return over
 
     def lost(self, region: str, error: GeotrainError, round: int) -> None:
@@ -260,6 +268,7 @@ class Membership:
             if set(view.regions) <= self._behind:  # nobody is left who could bring them up to date
                 for other in view.regions:
                     self._behind.discard(other)
+                    self._in_segment.discard(other)
                     self._addresses.pop(other, None)
                     self.folder.event("lost", region=other, message=f"{region} was to bring it up to date")
                     self.partitions[other].tell_abort()
@@ -353,7 +362,7 @@ class Membership:
         """Again and again until it has a seat, or the others have ended the segment. Raises QuorumLost, Stopped."""
         unreachable = False
         while not self.roster.over(ticket):
-            self._check_end()
+            self._check_end(ticket)
             self.roster.check_quorum(self.job.elastic.give_up_after_s)
             self.board.status(region, "waiting for a worker")
             try:

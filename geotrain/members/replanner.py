@@ -39,6 +39,8 @@ class Replanner:
         self.links = LinkWatch(job)
         self.speeds = SpeedWatch(job.elastic.speed_margin, job.elastic.speed_for_s)
         self.newcomer: Newcomer | None = None
+        self.anew = False
+        """The plan reckons with a region that did not come in."""
         self._measured: dict[str, float] = {}
         """Region -> samples per second, where the plan believes something else."""
         self._preparing: threading.Thread | None = None
@@ -48,7 +50,7 @@ class Replanner:
     @property
     def waits(self) -> bool:
         """Whether there is something that only a boundary between segments can change."""
-        return self.newcomer is not None or bool(self._measured)
+        return self.newcomer is not None or self.anew or bool(self._measured)
 
     def heard(self, region: str, message: Mapping[str, Any], job: JobSpec, plan: Plan) -> None:
         """What a leader told while it trains."""
@@ -71,7 +73,8 @@ class Replanner:
         """
         job = job.with_links(self.links.measured())
         measured, self._measured = self._measured, {}
-        if newcomer is not None or measured:
+        anew, self.anew = self.anew, False
+        if newcomer is not None or measured or anew:
             offers = offers_of(job, plan, measured)
             if newcomer is not None:
                 offers[newcomer.region] = [
@@ -82,7 +85,7 @@ class Replanner:
             made = remake(plan, there, inventory, offers, round, samples)
             left = tuple(region for region in plan.regions if region.region not in inventory)
             made = replace(made, regions=(*made.regions, *left))
-            if workers_of(made) != workers_of(plan):
+            if anew or workers_of(made) != workers_of(plan):
                 return made
             speeds = {region.region: region.samples_per_s for region in made.regions}  # as many workers as before
             plan = replace(plan, regions=tuple(replace(region, samples_per_s=speeds[region.region]) for region in plan.regions))

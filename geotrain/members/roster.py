@@ -87,10 +87,12 @@ class Roster:
         """Whether all that are in have ended this segment."""
         return self._over >= ticket
 
-    def wait_for_quorum(self, check: Callable[[], None], give_up_after_s: float) -> None:
-        """`check`: called meanwhile; raises when nobody is to wait any longer. Raises QuorumLost."""
+    def wait_for_quorum(self, ticket: int, check: Callable[[], None], give_up_after_s: float) -> None:
+        """Until there is one, or the others have ended the segment without it. `check`: called meanwhile; raises when nobody is to wait any
+        longer. Raises QuorumLost.
+        """
         with self._changed:
-            while not self.enough:
+            while not self.enough and not self.over(ticket):
                 check()
                 self.check_quorum(give_up_after_s)
                 self._changed.wait(POLL_S)

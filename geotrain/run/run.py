@@ -60,14 +60,16 @@ class Run(Training):
         return run
 
     def _leave_out(self, regions: Collection[str]) -> None:
-        if unknown := set(regions) - set(self.regions):
+        regions = set(regions) - self.left  # a resume that failed may be tried again as it was
+        if unknown := regions - set(self.regions):
             raise JobError(f"--without {', '.join(sorted(unknown))}: the run has the regions {', '.join(self.regions)}")
-        if set(regions) == set(self.regions):
+        if regions == set(self.regions):
             raise JobError("--without: at least one region must be left")
         assert self.resumed is not None
-        if regions and not any(part.round == self.round and part.region not in regions for part in self.resumed.parts):
+        there = {part.region for part in self.resumed.parts if part.round == self.round} & set(self.regions)
+        if regions and there <= regions:
             raise JobError("--without: no other region was there when the last checkpoint was made, so what it learned would be lost")
-        for region in sorted(set(regions)):
+        for region in sorted(regions):
             self.left.add(region)
             self.folder.event("left", region=region)
 
@@ -126,6 +128,8 @@ class Run(Training):
         why = "" if self.training else "the run does not train at the moment"
         if self.job.sync.topology == "owners":
             why = "with topology: owners the model would be cut anew: stop the run and begin another from its model"
+        if self._coming:
+            why = "another region is coming in: ask again when it is there"
         try:
             job = self.job.with_region(region)
         except ValueError as error:

@@ -170,6 +170,8 @@ class Seating(Placing):
         self.plan = self.plan.of([spec.name for spec in self.job.regions])
         self.accounts.job, self.strategy = self.job, strategy_of(self.job.sync, len(self.job.regions))
         del self.inventory[region]
+        self.replanner.anew = True
+        self.control.turn.set()
         self.folder.event("not_added", region=region, message=why)
         self.board.status(region, "not added")
         self.partitions[region].leave()

@@ -168,6 +168,7 @@ class Training(Seating):
         if (newcomer := self.replanner.newcomer) is not None:
             self._take_in(newcomer)
         trained = {region: self.inventory[region][0] for region in self.regions}
+        new_pace = newcomer is not None or self.replanner.anew
         before, self.plan = self.plan, self.replanner.plan_again(self.plan, self.job, trained, self.round, self.accounts.samples, newcomer)
         if self.plan is before:
             return
@@ -177,7 +178,7 @@ class Training(Seating):
         changed = {"every": [before.chosen.every, self.plan.chosen.every], "exchange_s": [before.exchange_s, self.plan.exchange_s]}
         changed |= {"workers": {name: both for name, both in workers.items() if both[0] != both[1]}, "usd_per_hour": per_hour}
         self.folder.event("replanned", round=self.round, rounds=self.plan.rounds, **changed)
-        if newcomer is None and all(was == now for was, now in workers.values()):
+        if not new_pace and all(was == now for was, now in workers.values()):
             self._write_plan()
             return
         self._epoch = self.membership.roster.view.epoch + 1

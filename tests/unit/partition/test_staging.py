@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from geotrain import checkpoint
 from geotrain.checkpoint import StoredPart
@@ -57,3 +58,30 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     stager.write({})
     stager.close()
     assert "region north cannot write" in OutputUnwritable(*told[0]["unwritten"]).message
+
+
+def test_what_is_packed_is_what_the_library_reads_and_writes() -> None:
+    """Into memory that was used before too, whatever the tensors look like in theirs."""
+    grid = torch.arange(24, dtype=torch.float32).reshape(4, 6)
+    tensors = {
+        "bf16": torch.randn(3, 5).bfloat16(),
+        "bool": torch.ones(3, dtype=torch.bool),
+        "empty": torch.zeros(0, 4),
+        "int": torch.arange(3),
+        "one": torch.tensor(2.5),
+        "strided": grid[:, 0],
+        "transposed": grid.t(),
+    }
+    expected = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"geotrain": '{"round": 7}'})
+    used = checkpoint.pack({"larger": torch.ones(1000)})
+    for into in (None, bytearray(), used):
+        assert bytes(checkpoint.pack(tensors, {"round": 7}, into=into)) == expected
+    loaded, facts = checkpoint.tensors_from_bytes(expected)
+    assert facts == {"round": 7}
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    complex = {"c": torch.ones(2, dtype=torch.complex64), "f8": torch.ones(3).to(torch.float8_e4m3fn)}  # in an order of their own
+    loaded, _ = checkpoint.tensors_from_bytes(bytes(checkpoint.pack({**tensors, **complex})))
+    assert all(loaded[name].dtype == tensor.dtype and torch.equal(loaded[name].float(), tensor.float()) for name, tensor in tensors.items())
+    assert torch.equal(loaded["c"], complex["c"])
+    assert loaded["f8"].dtype == torch.float8_e4m3fn
+    assert checkpoint.tensors_from_bytes(bytes(checkpoint.pack({}))) == ({}, {})
