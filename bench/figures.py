@@ -49,7 +49,7 @@ def figures() -> str:
     ]
     lines += [*predictions(newest("prediction")), *core(newest("core")), *scale(newest("scale"))]
     lines += wan(newest("wan"))
-    return "\n".join([*lines, *checkpoints(newest("checkpoint")), *goodput(newest("goodput"))]) + "\n"
+    return "\n".join([*lines, *checkpoints(newest("checkpoint")), *goodput(newest("goodput-paced"))]) + "\n"
 
 
 def predictions(found: dict[str, Any]) -> list[str]:

@@ -1,7 +1,8 @@
 """Useful samples per second while regions, leaders and links fail by a Poisson process, next to the same run undisturbed; and the same
 kills on plain DDP that begins again from its last checkpoint.
 
-Three regions; an inner step sleeps, so that three processes on a small machine do not take each other's cores.
+Three regions. `paced`: an inner step sleeps, so that three processes on a small machine do not take each other's cores; DDP does the same.
+`digits` and `images` train a LeNet and a ResNet (45 MB), and say what the model has learned. python -m bench.goodput digits: that alone.
 """
 
 import json
@@ -14,10 +15,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.measure import ROOT, write
+from bench.measure import ROOT, make_data, write
 from bench.paced import write_rows
 from geotrain.job import parse_job
 from geotrain.report.ledger import ledger
@@ -29,7 +31,28 @@ from tests.valve import Valve
 REGIONS = ("north", "south", "west")
 MEAN_S = (60.0, 30.0, 15.0)
 STEP_MS, BATCH, ROWS, EPOCHS = 20.0, 32, 6400, 25
-"""Each region makes EPOCHS * ROWS / BATCH inner steps: a hundred seconds of sleep."""
+"""Of `paced`: each region makes EPOCHS * ROWS / BATCH inner steps, a hundred seconds of sleep."""
+EXAMPLES: dict[str, tuple[int | None, dict[str, Any]]] = {
+    "digits": (
+        None,
+        {
+            "task": "geotrain.examples.digits:Digits",
+            "task_args": {"lr": 0.05},
+            "train": {"batch_size": 16, "epochs": 240},
+            "sync": {"strategy": "ma", "every": 8},
+        },
+    ),
+    "images": (
+        1600,
+        {
+            "task": "geotrain.examples.images:Images",
+            "task_args": {"side": 16, "lr": 0.02},
+            "train": {"batch_size": 32, "epochs": 16},
+            "sync": {"strategy": "ma", "every": 8},
+        },
+    ),
+}
+"""Rows, and what the job says."""
 CHECKPOINT_S = 10.0
 CUT_S = 5.0
 
@@ -43,29 +66,35 @@ def moments(mean_s: float, seed: int) -> list[float]:
     return found
 
 
-def geotrain(mean_s: float | None, seed: int) -> dict[str, Any]:
+def job_of(workload: str, folder: Path) -> dict[str, Any]:
+    """Without its regions' ways to each other."""
+    common = {"name": "goodput", "schedule": {"segment_s": CHECKPOINT_S}, "elastic": {"quorum": 1}, "output": {"url": str(folder / "runs")}}
+    if workload == "paced":
+        for name in REGIONS:
+            write_rows(folder / name, ROWS)
+        regions = [{"name": name, "data": {"train": str(folder / name)}} for name in REGIONS]
+        task = {"task": "bench.paced:Paced", "task_args": {"sleep_ms": STEP_MS}}
+        return {
+            **common,
+            **task,
+            "regions": regions,
+            "train": {"batch_size": BATCH, "epochs": EPOCHS},
+            "sync": {"strategy": "ma", "every": 16},
+        }
+    rows, example = EXAMPLES[workload]
+    data = make_data(workload, ",".join(REGIONS), rows=rows)
+    regions = [{"name": name, "data": {split: str(data / name / split) for split in ("train", "eval")}} for name in REGIONS]
+    return {**common, **example, "regions": regions}
+
+
+def geotrain(workload: str, mean_s: float | None, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         ports = {name: free_port() for name in REGIONS}
         valves = {name: Valve(ports[name]) for name in REGIONS}
-        regions = []
-        for name in REGIONS:
-            write_rows(Path(folder) / name, ROWS)
-            wan = {"listen": f"127.0.0.1:{ports[name]}", "advertise": valves[name].address}
-            regions.append({"name": name, "data": {"train": str(Path(folder) / name)}, "wan": wan})
-        job = parse_job(
-            {
-                "name": "goodput",
-                "task": "bench.paced:Paced",
-                "task_args": {"sleep_ms": STEP_MS},
-                "regions": regions,
-                "train": {"batch_size": BATCH, "epochs": EPOCHS},
-                "sync": {"strategy": "ma", "every": 16},
-                "schedule": {"segment_s": CHECKPOINT_S},
-                "elastic": {"quorum": 1},
-                "output": {"url": f"{folder}/runs"},
-            }
-        )
-        run = Run.start(job)
+        tree = job_of(workload, Path(folder))
+        for region in tree["regions"]:
+            region["wan"] = {"listen": f"127.0.0.1:{ports[region['name']]}", "advertise": valves[region["name"]].address}
+        run = Run.start(parse_job(tree), believe=False)
         ended, faults = threading.Event(), list[str]()
 
         def fail() -> None:
@@ -100,7 +129,8 @@ def geotrain(mean_s: float | None, seed: int) -> dict[str, Any]:
         return {
             "useful_samples_per_s": round(summary["samples"] / seconds, 1),
             "seconds": round(seconds, 1),
-            "share_of_rows": round(summary["samples"] / (len(REGIONS) * EPOCHS * ROWS), 4),
+            "share_of_rows": round(summary["samples"] / sum(row["rows"] for row in found["regions"]), 4),
+            "metrics": {name: round(value, 4) for name, value in summary["metrics"].items()},
             "faults": faults,
             "balanced": found["balanced"],
         }
@@ -178,15 +208,22 @@ def ddp_rank(folder: str, port: str, rank: int) -> None:
 
 
 def main() -> None:
+    for workload in sys.argv[1:] or ("paced", *EXAMPLES):
+        measure(workload)
+
+
+def measure(workload: str) -> None:
     results: dict[str, Any] = {}
-    ways: dict[str, Callable[[float | None, int], dict[str, Any]]] = {"geotrain": geotrain, "plain DDP": ddp}
+    ways: dict[str, Callable[[float | None, int], dict[str, Any]]] = {"geotrain": partial(geotrain, workload)}
+    if workload == "paced":
+        ways["plain DDP"] = ddp
     for mean_s in (None, *MEAN_S):
         for name, way in ways.items():
             found = way(mean_s, seed=17)
             results.setdefault(name, {})["undisturbed" if mean_s is None else f"{mean_s:.0f} s"] = found
             found["of undisturbed"] = round(found["useful_samples_per_s"] / results[name]["undisturbed"]["useful_samples_per_s"], 3)
-            print(name, mean_s, json.dumps(found), flush=True)
-    write("goodput", results)
+            print(workload, name, mean_s, json.dumps(found), flush=True)
+    write(f"goodput-{workload}", results)
 
 
 if __name__ == "__main__":
