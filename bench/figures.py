@@ -135,11 +135,13 @@ def goodput(found: dict[str, Any]) -> list[str]:
         ours, theirs = (ways[name][mean] for name in ("geotrain", "plain DDP"))
         times = f"{len(ours['faults'])} in {ours['seconds']:.0f} s", f"{theirs['restarts']} in {theirs['seconds']:.0f} s"
         lines.append(f"| {mean} | {ours['of undisturbed']:.2f} ({times[0]}) | {theirs['of undisturbed']:.2f} ({times[1]}) |")
-    return [
-        *lines,
-        "",
-        "One run each; in brackets the faults that it had. DDP's are kills of one process; geotrain's also of two, and links cut.",
-    ]
+    for workload in ("digits", "images"):
+        if list(RESULTS.glob(f"goodput-{workload}-*.json")):
+            ours = newest(f"goodput-{workload}")["results"]["geotrain"]
+            said = [f"{mean}: {run['of undisturbed']:.2f} ({len(run['faults'])})" for mean, run in ours.items() if mean != "undisturbed"]
+            lines += ["", f"The same of geotrain training {workload}: {', '.join(said)}."]
+    words = "One run each; in brackets the faults that it had. DDP's are kills of one process; geotrain's also of two, and links cut."
+    return [*lines, "", words]
 
 
 def checkpoints(found: dict[str, Any]) -> list[str]:
