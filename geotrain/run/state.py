@@ -78,7 +78,9 @@ class RunState:
         self._token = secrets.token_hex(16)
         self._ticket = 1
         self._spoilt: set[str] = set()
-        """Regions that came back in this segment from rounds that ended in a NaN."""
+        """Regions that came back from rounds that ended in a NaN, and have not trained for a whole segment since."""
+        self._spoilt_now: set[str] = set()
+        """Those of this segment."""
         self._flushed_at = self._looked_at = 0.0
         self._closed = False
         self._lock = threading.Lock()

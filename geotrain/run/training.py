@@ -59,6 +59,7 @@ class Training(Seating):
                 if region in self._spoilt:
                     raise
                 self._spoilt.add(region)  # once: a bad machine may be the reason, or an optimizer that has lost its way
+                self._spoilt_now.add(region)
                 self.membership.lost(region, error, self.round)
                 continue
             self.board.status(region, f"segment {segment} done")
@@ -101,7 +102,8 @@ class Training(Seating):
         self.folder.event("segment", segment=segment, round=self.round, stall_s=max(part.stall_s for part in done), **facts)
         self.folder.flush(must=False)
         self._ticket += 1
-        self._spoilt.clear()
+        self._spoilt -= {part.region for part in done if part.samples} - self._spoilt_now
+        self._spoilt_now.clear()
         over = self.round >= self.plan.rounds or self._goal_reached(self.metrics)
         short = [] if over else self.membership.short_of_workers()
         changes = short or self.leaving or self._noticed or self.replanner.waits
