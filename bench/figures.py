@@ -169,8 +169,13 @@ def range_of(spread: dict[str, float], digits: int = 2) -> str:
     return f"{spread['median']:.{digits}f} ({spread['least']:.{digits}f} to {spread['most']:.{digits}f})"
 
 
+def blocks() -> dict[str, str]:
+    """Page -> its block as Markdown."""
+    return {"README.md": figures(), "docs/failures.md": "\n".join(recovery(newest("recovery"))) + "\n"}
+
+
 def main() -> None:
-    for page, block in {"README.md": figures(), "docs/failures.md": "\n".join(recovery(newest("recovery"))) + "\n"}.items():
+    for page, block in blocks().items():
         (ROOT / page).write_text(BLOCK.sub(lambda found, block=block: found[1] + block + found[2], (ROOT / page).read_text()))
         print(block)
 

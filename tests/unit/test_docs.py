@@ -73,9 +73,10 @@ def test_every_strategy_is_described() -> None:
         assert f"`{tag}`" in text, tag
 
 
-def test_the_figures_in_the_readme_come_from_committed_results() -> None:
-    from bench.figures import BLOCK, figures
+def test_the_figures_in_the_docs_come_from_committed_results() -> None:
+    from bench.figures import BLOCK, blocks
 
-    found = BLOCK.search((ROOT / "README.md").read_text())
-    assert found is not None
-    assert found[0] == found[1] + figures() + found[2], "python -m bench.figures writes them anew"
+    for page, block in blocks().items():
+        found = BLOCK.search((ROOT / page).read_text())
+        assert found is not None
+        assert found[0] == found[1] + block + found[2], f"{page}: python -m bench.figures writes them anew"
