@@ -3,6 +3,7 @@
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -16,8 +17,6 @@ from geotrain.errors import Stopped
 from geotrain.job import load_job
 from geotrain.report.state import last_unfinished
 from geotrain.run import Run
-
-WAIT_S = 0.25
 
 
 def begin_server() -> None:
@@ -68,16 +67,14 @@ def named_after_job() -> str:
 def each_region(run: Run, task: Task[..., Any], *args: Any, regions: Sequence[str] | None = None) -> list[Any]:
     """Submit a task for every region, or for some, and wait for all, in the order of the job.
 
-    When one fails the others are told to end, and the failure that began it is raised.
+    When one fails the others are told to end, and the failure that began it is raised. The Prefect server is not asked for anything: it may
+    be away.
     """
     names = run.regions if regions is None else regions
     futures = [task.submit(run, name, *args) for name in names]
-    waiting = list(futures)
-    while waiting:
-        waiting[0].wait(timeout=WAIT_S)
-        if any(future.state.is_final() and not future.state.is_completed() for future in waiting):
+    for done in as_completed([future.wrapped_future for future in futures]):  # of the task runner's threads; each gives a state
+        if done.exception() is not None or not done.result().is_completed():
             run.control.abort.set()
-        waiting = [future for future in waiting if not future.state.is_final()]
     results = [future.result(raise_on_failure=False) for future in futures]
     errors = [result for result in results if isinstance(result, BaseException)]
     for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):

@@ -7,7 +7,7 @@ from prefect.states import Cancelled, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.conduct import begin, each_region, named_after_job, stops_in_order
-from geotrain.errors import Stopped
+from geotrain.errors import ClusterError, Stopped
 from geotrain.report.folder import RunFolder
 from geotrain.run import Run, taken_over
 from tasks import analyze_locality, evaluate, merge_fully, probe, provision, publish, report, schedule, synchronize, train_partition
@@ -59,7 +59,7 @@ def locate_and_plan(run: Run) -> None:
 
 
 def train_and_publish(run: Run) -> dict[str, Any]:
-    """Provision, train segment by segment, evaluate, publish, report. Returns the summary."""
+    """Provision, train segment by segment, conclude. Returns the summary."""
     run.introduce(run.seats(lambda: each_region(run, provision)))
     run.training = True
     for segment in run.segments_left():
@@ -69,6 +69,16 @@ def train_and_publish(run: Run) -> dict[str, Any]:
         if run.seats_change:
             run.introduce(run.seats(lambda: each_region(run, provision)))
     run.training = False
+    while True:
+        try:
+            return conclude(run)
+        except ClusterError as error:
+            run.end_again(error)
+            run.introduce(run.seats(lambda: each_region(run, provision)))
+
+
+def conclude(run: Run) -> dict[str, Any]:
+    """Evaluate, publish, report. Returns the summary."""
     if run.needs_final_merge:
         each_region(run, merge_fully, regions=run.present)
     sums = each_region(run, evaluate, regions=run.present)

@@ -161,7 +161,7 @@ class WorkerLost(ClusterError):
 
 class WorkerHangs(ClusterError):
     fields = ("region", "worker", "waited_s")
-    says = "region {region}: worker {worker} made no inner step for {waited_s:.0f} s"
+    says = "region {region}: worker {worker} gave no sign of progress for {waited_s:.0f} s"
     remedy = "it was ended; look at its log and at that machine, then `geotrain resume`"
 
 

@@ -39,7 +39,7 @@ def synchronize(run: Run, segment: int, parts: list[SegmentDone | None]) -> bool
     over = run.synchronize(segment, parts)
     get_run_logger().info("round %d committed; held out: %s", run.round, run.metrics)
     if links := run.board.snapshot()["links"]:
-        artifacts.table(run.job.name, "links", links, f"{run.id}: what every directed link carried until round {run.round}")
+        artifacts.links(run.job.name, links, f"{run.id}: what every directed link carried until round {run.round}")
     return over
 
 

@@ -43,6 +43,6 @@ def schedule(run: Run) -> Plan:
         for region in plan.regions
     ]
     words = f"{plan.rounds} rounds of {plan.round_s:.3f} s, {plan.usd:.5f} USD, {plan.wan_bytes} bytes over the WAN (predicted)"
-    artifacts.table(run.job.name, "plan", rows, words)
+    artifacts.plan(run.job.name, rows, words)
     get_run_logger().info(words)
     return plan

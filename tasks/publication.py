@@ -22,5 +22,5 @@ def publish(run: Run) -> str:
 @task(task_run_name="report", cache_policy=NO_CACHE)
 def report(run: Run) -> dict[str, Any]:
     summary = run.report()
-    artifacts.markdown(run.job.name, "report", read_bytes(join(run.folder.url, "report.md")).decode())
+    artifacts.report(run.job.name, read_bytes(join(run.folder.url, "report.md")).decode())
     return summary

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from geotrain.errors import ClusterError
 from geotrain.job import JobSpec, parse_job
 from geotrain.run import Run
 
@@ -72,9 +73,18 @@ def conduct(run: Run, before_segment: Callable[[Run, int], None] = lambda run, s
             if run.seats_change:
                 run.introduce(run.seats(lambda: run.in_every_region(run.provision)))
         run.training = False
-        if run.needs_final_merge:
-            assert len(set(run.in_every_region(run.merge_fully, regions=run.present))) == 1
-        sums = run.in_every_region(run.evaluate, regions=run.present)
-        run.conclude(dict(zip(run.present, sums, strict=True)))
-        run.publish()
-        return run.report()
+        while True:
+            try:
+                return conclude(run)
+            except ClusterError as error:
+                run.end_again(error)
+                run.introduce(run.seats(lambda: run.in_every_region(run.provision)))
+
+
+def conclude(run: Run) -> dict[str, Any]:
+    if run.needs_final_merge:
+        assert len(set(run.in_every_region(run.merge_fully, regions=run.present))) == 1
+    sums = run.in_every_region(run.evaluate, regions=run.present)
+    run.conclude(dict(zip(run.present, sums, strict=True)))
+    run.publish()
+    return run.report()

@@ -21,6 +21,8 @@ from geotrain.sync.messages import View
 POLL_S = 0.1
 WORKERS_CHECK_S = 2.0
 TELL_S = 5.0
+FROZEN_S = 120.0
+"""A worker whose process gives no sign of life for so long is lost, whatever it does."""
 REACH_S = 60.0
 SETTLE_S = 5.0
 """After a failure, how long the region's other workers get to say what happened to them."""
@@ -56,6 +58,10 @@ class Partition:
         self._telling: list[threading.Thread] = []
         self._sign_at: float | None = None
         """When the leader last said that it makes steps, or why it makes none; None: it does something else."""
+        self._warm = False
+        """The leader has made a round since it took its seat: what is slow once is behind it."""
+        self._beats: dict[str, tuple[float, float]] = {}
+        """Worker -> its last heartbeat by the scheduler's clock, and by ours when we first saw that."""
         self._ticket: int | None = None
         """Of the segment under way that may still be asked to end early."""
         self._listen()
@@ -67,8 +73,8 @@ class Partition:
     def _heard(self, event: tuple[float, dict[str, Any]]) -> None:
         if event[1].get("closing"):
             self._sign_at = None
-        elif event[1].get("rounds") or (self._sign_at is not None and "rounds" in event[1]):  # the first round has what is slow once
-            self._sign_at = time.monotonic()
+        elif event[1].get("rounds") or (self._sign_at is not None and "rounds" in event[1]):
+            self._sign_at, self._warm = time.monotonic(), True
         self._listener(self.region, event[1])
 
     def _listen(self) -> None:
@@ -145,7 +151,7 @@ class Partition:
 
     def take_seats(self, order: Callable[[int, int, str | None], SeatOrder]) -> SeatTaken:
         """Seat every worker; `order` makes the order for (rank, workers, rendezvous). Returns the leader's answer."""
-        rendezvous = None
+        rendezvous, self._warm = None, False
         if len(self.workers) > 1:
             rendezvous = self._await([self._submit(self.workers[0], "meeting_point")], "choosing a port")[0]
         futures = [
@@ -161,7 +167,7 @@ class Partition:
 
         Raises TaskError, WorkerLost, WorkerHangs, WanError, OutputUnwritable, or Stopped when another region failed.
         """
-        self._ticket, self._sign_at = order.ticket, None
+        self._ticket, self._sign_at = order.ticket, time.monotonic() if self._warm else None
         futures = [self._submit(worker, "train_segment", self.control.run, self.region, order) for worker in self.workers]
         done: SegmentDone = self._await(futures, f"segment {order.number}", hangs_after_s=hangs_after_s)[0]
         return done
@@ -307,13 +313,24 @@ class Partition:
 
     def _check_workers(self, futures: Sequence[Future], workers: list[str], doing: str) -> None:
         try:
-            there = self.client.nthreads()
+            there = self.client.sync(self.client.scheduler.identity, n_workers=-1)["workers"]
         except CLIENT_ERRORS as error:
             raise ClusterUnreachable(self.region, str(self.client.scheduler), f"lost during {doing}: {error}") from error
         for worker in workers:
             if worker not in there:
                 self._cancel(futures)
                 raise WorkerLost(self.region, worker, doing)
+            if (silent_s := self._silent_s(worker, there[worker]["last_seen"])) > FROZEN_S:
+                self._cancel(futures)
+                raise WorkerHangs(self.region, worker, silent_s)
+
+    def _silent_s(self, worker: str, last_seen: float) -> float:
+        """Since its last heartbeat, or our first look."""
+        beat, since = self._beats.get(worker, (math.nan, 0.0))
+        if beat != last_seen:
+            since = time.monotonic()
+            self._beats[worker] = last_seen, since
+        return time.monotonic() - since
 
     def _why(self, futures: Sequence[Future], workers: list[str], doing: str) -> BaseException:
         """The best explanation among what the workers raised: ours before torch's, torch's before a bare loss."""

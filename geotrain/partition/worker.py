@@ -1,6 +1,7 @@
 """What a worker does when it is told, by `calls.on_worker`: take its seat, train a segment, give the seat up."""
 
 import socket
+import sys
 from typing import Any
 
 from distributed import get_worker
@@ -18,9 +19,21 @@ _SEATS: dict[tuple[str, str], Seat] = {}
 def take_seat(order: SeatOrder) -> SeatTaken:
     """Make this process's seat; one left over from an earlier attempt is closed first."""
     leave(order.run, order.region)
+    _stop_profiler()
     seat = Seat(order)
     _SEATS[order.run, order.region] = seat
     return seat.taken()
+
+
+def _stop_profiler() -> None:
+    """Dask's, which may freeze this process for ever on Python 3.11.
+
+    It asks for the frames of all threads a hundred times a second. CPython before 3.12 may collect garbage while it answers, and wait for
+    itself where a thread comes or goes at that moment, as gRPC's do all the time (github.com/python/cpython/issues/106883).
+    """
+    worker = get_worker()
+    if sys.version_info < (3, 12) and (profiler := worker.periodic_callbacks.get("profile")) is not None:
+        worker.loop.add_callback(profiler.stop)
 
 
 def train_segment(run: str, region: str, order: SegmentOrder) -> SegmentDone | None:

@@ -77,6 +77,7 @@ class RunState:
         """Begun by the command line, which also ends it."""
         self._token = secrets.token_hex(16)
         self._ticket = 1
+        self._ends = 0
         self._spoilt: set[str] = set()
         """Regions that came back from rounds that ended in a NaN, and have not trained for a whole segment since."""
         self._spoilt_now: set[str] = set()
@@ -94,9 +95,13 @@ class RunState:
         names = self.regions if regions is None else regions
         with ThreadPoolExecutor(max_workers=len(names)) as threads:
             futures = [threads.submit(stage, name, *args) for name in names]
-            for future in as_completed(futures):
-                if future.exception() is not None:
-                    self.control.abort.set()
+            try:
+                for future in as_completed(futures):
+                    if future.exception() is not None:
+                        self.control.abort.set()
+            except BaseException:
+                self.control.abort.set()  # who waits here was interrupted: the threads end before that goes on
+                raise
         errors = [error for future in futures if (error := future.exception()) is not None]
         for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
             raise error

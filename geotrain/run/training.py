@@ -18,6 +18,9 @@ from geotrain.partition.partition import WORKERS_CHECK_S
 from geotrain.run.seating import Seating
 from geotrain.sync.strategy import Merging, strategy_of
 
+MOST_ENDS = 3
+"""How often the end of a run is begun, each time with new seats."""
+
 
 class Training(Seating):
     """A run whose regions have their seats."""
@@ -185,6 +188,21 @@ class Training(Seating):
             return
         self._epoch = self.membership.roster.view.epoch + 1
         self._take_up_here()
+
+    def end_again(self, error: ClusterError) -> None:
+        """A worker was lost after the last segment: all that were there take their seats anew, as of its checkpoint.
+
+        Raises the error where no checkpoint is of the last round, or it is not the first time.
+        """
+        self._ends += 1
+        if self._ends == MOST_ENDS or self.commits.last is None or self.commits.last.round != self.round:
+            raise error
+        self.folder.event("lost_at_end", message=error.message, round=self.round)
+        self._epoch = self.membership.roster.view.epoch + 1
+        self.left |= set(self.regions) - set(self.present)  # nothing would bring them up to date any more
+        self._take_up_here()
+        self.seats_change = False  # as in a resume: all must get their seats
+        self.control.abort.clear()
 
     def _take_in(self, newcomer: Newcomer) -> None:
         """A region belongs to the run from here on."""

@@ -32,18 +32,21 @@ def test_a_region_that_is_drained_leaves_in_peace(tmp_path: Path) -> None:
     assert last["west"] < last["north"] == EPOCHS - 1
 
 
+def add_after_refusal(run: Run, refused: Any, region: Any) -> None:
+    """Ask for a region that cannot come in, and once that is said for one that can."""
+    ask(run.folder.url, "add", region=refused)
+    while not events(run, "not_added"):
+        time.sleep(0.1)
+    ask(run.folder.url, "add", region=region)
+
+
 @pytest.mark.parametrize("strategy", ["streaming", *(pytest.param(name, marks=pytest.mark.chaos) for name in ("ma", "asgd_ga"))])
 def test_a_region_comes_in_and_one_that_cannot_is_told_why(tmp_path: Path, strategy: str) -> None:
     west, epochs = job_of(tmp_path, strategy).to_dict()["regions"][2], 200 if strategy != "asgd_ga" else 800
     run = Run.start(job_of(tmp_path, strategy, regions=("north", "south"), train={"batch_size": 10, "epochs": epochs, "seed": 3}))
 
-    def add(run: Run) -> None:
-        ask(run.folder.url, "add", region={**west, "name": "east", "data": {"train": str(tmp_path / "nothing-here")}})
-        while not events(run, "not_added"):
-            time.sleep(0.1)
-        ask(run.folder.url, "add", region=west)
-
-    summary = conduct(run, in_mid_run(add, round=20))
+    nothing = {**west, "name": "east", "data": {"train": str(tmp_path / "nothing-here")}}
+    summary = conduct(run, in_mid_run(lambda run: add_after_refusal(run, nothing, west), round=20))
     assert "region east: cannot list" in events(run, "not_added")[0]["message"]
     assert [event["region"] for event in events(run, "joined")] == ["west"]
     assert not events(run, "lost")
@@ -168,13 +171,7 @@ def test_a_newcomer_with_another_model_does_not_come_in_and_may_come_later(tmp_p
 
     monkeypatch.setattr(Partition, "take_seats", differs)
 
-    def add(run: Run) -> None:
-        ask(run.folder.url, "add", region=west)
-        while not events(run, "not_added"):
-            time.sleep(0.1)
-        ask(run.folder.url, "add", region=west)
-
-    summary = conduct(run, in_mid_run(add, round=20))
+    summary = conduct(run, in_mid_run(lambda run: add_after_refusal(run, west, west), round=20))
     assert "4.weight" in events(run, "not_added")[0]["message"]
     assert [event["region"] for event in events(run, "joined")] == ["west"]
     assert not events(run, "lost")

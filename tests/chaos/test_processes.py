@@ -109,13 +109,56 @@ def test_a_leader_is_killed_and_comes_back(tmp_path: Path, strategy: str, victim
     assert {row["region"]: row["samples"] for row in summary["regions"]} == counted
 
 
-def test_a_worker_that_hangs_is_ended_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "at"),
+    [
+        ("asgd_ga", "evaluate"),
+        *(pytest.param("asgd_ga", at, marks=pytest.mark.chaos) for at in ("merge_fully", "write_model")),
+        *(pytest.param("ma", at, marks=pytest.mark.chaos) for at in ("evaluate", "write_model")),
+    ],
+)
+def test_a_worker_that_dies_after_the_last_segment_does_not_end_the_run(
+    tmp_path: Path, strategy: str, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, does, killed = Run.start(job_of(tmp_path, strategy, regions=("north", "south"))), getattr(Partition, at), list[str]()
+
+    def loses(self: Partition, *args: Any) -> Any:
+        if self.region == run.plan.owner and not killed:  # type: ignore[union-attr]
+            killed.append(self.region)
+            os.kill(pid_of(run, self.region), signal.SIGKILL)
+        return does(self, *args)
+
+    monkeypatch.setattr(Partition, at, loses)
+    summary = conduct(run)
+    (lost,) = events(run, "lost_at_end")
+    assert f"region {killed[0]}: worker" in lost["message"]
+    evaluated = [event["metrics"] for event in events(run, "evaluated")]
+    assert len(evaluated) == (2 if at == "write_model" else 1)
+    assert all(metrics == evaluated[0] for metrics in evaluated), "nothing was trained"
+    if strategy == "ma":
+        assert evaluated[0] == events(run, "segment")[-1]["metrics"]
+    assert summary["metrics"]["mse"] < 1.0
+    assert (Path(run.folder.url) / "model.safetensors").exists()
+    assert ledger(run.folder)["balanced"]
+
+
+@pytest.mark.parametrize("before_its_first_step", [False, pytest.param(True, marks=pytest.mark.chaos)])
+def test_a_worker_that_hangs_is_ended_and_replaced(tmp_path: Path, before_its_first_step: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("geotrain.plan.planner.LEAST_HANG_S", 2.0)
     run = Run.start(job_of(tmp_path, "ma"))
-    conduct(run, in_mid_run(lambda run: os.kill(pid_of(run, "south"), signal.SIGSTOP)))
+
+    def stop(run: Run) -> None:
+        os.kill(pid_of(run, "south"), signal.SIGSTOP)
+
+    def at_once(run: Run, segment: int) -> None:
+        if segment == 1 and not events(run, "lost"):
+            monkeypatch.setattr("geotrain.partition.partition.FROZEN_S", 8.0)
+            stop(run)
+
+    conduct(run, at_once if before_its_first_step else in_mid_run(stop))
     (lost,) = events(run, "lost")
     assert "region south: worker" in lost["message"]
-    assert "made no inner step" in lost["message"]
+    assert "gave no sign of progress" in lost["message"]
     assert events(run, "back")
     assert ledger(run.folder)["balanced"]
 

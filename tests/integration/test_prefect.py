@@ -42,7 +42,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 class Server:
-    """A Prefect server of the test's own."""
+    """A Prefect server of the test's own, that can be ended and begun again."""
 
     def __init__(self, home: Path, log: IO[str]) -> None:
         self.log, port = log, free_port()
@@ -72,6 +72,16 @@ class Server:
             except OSError:
                 assert time.monotonic() < until, "no Prefect server"
                 time.sleep(0.5)
+
+    def kill(self) -> None:
+        for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+
+    def begin_again(self) -> None:
+        self.process = self.start("server", "start")
+        self.wait()
 
 
 @pytest.fixture(scope="module")
@@ -219,3 +229,43 @@ def test_a_retry_by_prefect_continues_the_run(prefect: dict[str, str], overrides
         "resumed",
         "completed",
     ]
+
+
+TRAINS = """
+import json, sys
+from flows.train import geotrain_train
+geotrain_train(sys.argv[1], json.loads(sys.argv[2]))
+"""
+
+
+@pytest.mark.timeout(600)
+def test_a_server_that_is_killed_and_comes_back_in_mid_run_is_not_missed(server: Server, overrides: dict[str, Any], tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    longer = {**overrides, "output.url": str(runs), "registry": None, "train.epochs": 150, "schedule.segment_rounds": 40}
+    words = [sys.executable, "-c", TRAINS, "deployments/jobs/digits-3-regions.yaml", json.dumps(longer)]
+    flow = subprocess.Popen(words, env=server.env, stdout=server.log, stderr=server.log, cwd=ROOT)
+    try:
+        until(lambda: list(runs.glob("*/checkpoints/*/manifest.json")))
+        (run,) = runs.iterdir()
+
+        def checkpoints() -> int:
+            return (run / "events.jsonl").read_text().count('"checkpoint"')
+
+        server.kill()
+        done = checkpoints()
+        until(lambda: checkpoints() > done + 1)  # they train without it
+        server.begin_again()
+        assert flow.wait(timeout=400) == 0
+    finally:
+        if flow.poll() is None:
+            end(flow)
+    assert (run / "summary.json").exists()
+    (last,) = ask(server.api, "flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 1})
+    assert last["state"]["type"] == "COMPLETED"
+
+    def tasks() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = ask(server.api, "task_runs/filter", {"flow_runs": {"id": {"any_": [last["id"]]}}, "limit": 200})
+        return found
+
+    until(lambda: {task["state"]["type"] for task in tasks()} == {"COMPLETED"}, 60)  # they arrive after the flow's
+    assert len({task["name"] for task in tasks()}) == len(tasks()), "none was executed twice"
