@@ -38,7 +38,7 @@ EXAMPLES: dict[str, tuple[int | None, dict[str, Any]]] = {
         {
             "task": "geotrain.examples.digits:Digits",
             "task_args": {"lr": 0.05},
-            "train": {"batch_size": 16, "epochs": 240},
+            "train": {"batch_size": 16, "epochs": 560},
             "sync": {"strategy": "ma", "every": 8},
         },
     ),
@@ -47,7 +47,7 @@ EXAMPLES: dict[str, tuple[int | None, dict[str, Any]]] = {
         {
             "task": "geotrain.examples.images:Images",
             "task_args": {"side": 16, "lr": 0.02},
-            "train": {"batch_size": 32, "epochs": 16},
+            "train": {"batch_size": 32, "epochs": 12},
             "sync": {"strategy": "ma", "every": 8},
         },
     ),

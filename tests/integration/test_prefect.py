@@ -29,6 +29,8 @@ def ask(api: str, path: str, body: dict[str, Any]) -> Any:
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """A Prefect worker does not always answer SIGTERM: seen once, with 3.8.8."""
+    if process.poll() is not None:
+        return
     children = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
     try:
@@ -84,21 +86,28 @@ class Server:
         self.wait()
 
 
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[Server]:
+    with (folder / "log").open("w") as log:
+        server = Server(folder / "prefect", log)
+        try:
+            server.wait()
+            yield server
+        finally:
+            end(server.process)
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """With a worker, and the deployments made."""
-    with (tmp_path_factory.mktemp("log") / "log").open("w") as log:
-        server = Server(tmp_path_factory.mktemp("prefect"), log)
-        worker = None
+    with serving(tmp_path_factory.mktemp("server")) as server:
+        server.run("work-pool", "create", "geotrain", "--type", "process")
+        server.run("--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml")
+        worker = server.start("worker", "start", "--pool", "geotrain")
         try:
-            server.wait()
-            server.run("work-pool", "create", "geotrain", "--type", "process")
-            server.run("--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml")
-            worker = server.start("worker", "start", "--pool", "geotrain")
             yield server
         finally:
-            for process in filter(None, (worker, server.process)):
-                end(process)
+            end(worker)
 
 
 @pytest.fixture
@@ -239,7 +248,13 @@ geotrain_train(sys.argv[1], json.loads(sys.argv[2]))
 
 
 @pytest.mark.timeout(600)
-def test_a_server_that_is_killed_and_comes_back_in_mid_run_is_not_missed(server: Server, overrides: dict[str, Any], tmp_path: Path) -> None:
+def test_a_server_that_is_killed_and_comes_back_in_mid_run_is_not_missed(overrides: dict[str, Any], tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        trains_without(server, overrides, tmp_path)
+
+
+def trains_without(server: Server, overrides: dict[str, Any], tmp_path: Path) -> None:
+    """For a while."""
     runs = tmp_path / "runs"
     longer = {**overrides, "output.url": str(runs), "registry": None, "train.epochs": 150, "schedule.segment_rounds": 40}
     words = [sys.executable, "-c", TRAINS, "deployments/jobs/digits-3-regions.yaml", json.dumps(longer)]
