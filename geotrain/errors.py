@@ -18,6 +18,7 @@
     │   ├── ClusterTooSmall
     │   ├── WorkerLost
     │   ├── WorkerHangs
+    │   ├── DeviceFailed                   its GPU, or its memory
     │   ├── WorkerLeaves                   it got SIGTERM
     │   └── QuorumLost                     too few regions are left
     ├── WanError                       6   between the regions
@@ -163,6 +164,12 @@ class WorkerHangs(ClusterError):
     fields = ("region", "worker", "waited_s")
     says = "region {region}: worker {worker} gave no sign of progress for {waited_s:.0f} s"
     remedy = "it was ended; look at its log and at that machine, then `geotrain resume`"
+
+
+class DeviceFailed(ClusterError):
+    fields = ("region", "worker", "detail")
+    says = "region {region}: the device or the memory of worker {worker} failed: {detail}"
+    remedy = "out of memory: a smaller `train.batch_size`; else look at that machine's GPU (`nvidia-smi -q`, the kernel's log)"
 
 
 class WorkerLeaves(ClusterError):

@@ -12,15 +12,26 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
+def names_me(file: str) -> bool:
+    return bool(file) and Path(file).exists() and str(os.getpid()) in Path(file).read_text().split()
+
+
 class Points:
     columns = ("x", "y")
 
     def __init__(
-        self, lr: float = 0.05, momentum: float = 0.0, adam: bool = False, norm: bool = False, fault: str = "", slow: str = ""
+        self,
+        lr: float = 0.05,
+        momentum: float = 0.0,
+        adam: bool = False,
+        norm: bool = False,
+        fault: str = "",
+        slow: str = "",
+        broken: str = "",
     ) -> None:
-        """`slow`: a file that, once it is there, names processes in which a batch takes 20 ms."""
+        """`slow`, `broken`: files that, once they are there, name processes in which a batch takes 20 ms, or the device fails."""
         self.lr, self.momentum, self.adam, self.norm, self.fault = lr, momentum, adam, norm, fault
-        self.slow = Path(slow) if slow else None
+        self.slow, self.broken = slow, broken
 
     def model(self) -> nn.Module:
         middle = [nn.BatchNorm1d(6)] if self.norm else []
@@ -40,7 +51,7 @@ class Points:
     def batch(self, rows: pa.RecordBatch) -> tuple[Tensor, Tensor]:
         if self.fault == "batch":
             raise ValueError("cannot make a batch")
-        if self.slow is not None and self.slow.exists() and str(os.getpid()) in self.slow.read_text().split():
+        if names_me(self.slow):
             time.sleep(0.02)
         x = np.stack(rows.column("x").to_numpy(zero_copy_only=False))
         return torch.from_numpy(x), torch.from_numpy(rows.column("y").to_numpy(zero_copy_only=False).copy())
@@ -48,6 +59,8 @@ class Points:
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         if self.fault == "loss":
             raise RuntimeError("shapes do not fit")
+        if names_me(self.broken):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         return functional.mse_loss(model(batch[0]).squeeze(1), batch[1])
 
     def evaluate(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, tuple[float, float]]:

@@ -408,8 +408,9 @@ class Membership:
                 self._addresses[region], view = taken.wan, admitted
                 if not alone:
                     self._behind.add(region)
+                missed = max(0, self.tally.newest() - taken.round)
                 self._seated(taken)
-                self.folder.event("back", region=region)
+                self.folder.event("back", region=region, round=taken.round, missed=missed)
                 self._tell(view)
         self.board.status(region, "back")
         return True

@@ -54,6 +54,10 @@ class Tally:
             return Place(standing.cursor, standing.round)
         return Place(standing.cursor, max(held) + 1, standing.closed[max(held)][:2])
 
+    def newest(self) -> int:
+        """The first round that no region has told of yet."""
+        return max((max(standing.closed) + 1 for standing in self._standing.values() if standing.closed), default=0)
+
     def samples_held(self, region: str, since: int) -> int:
         """Rows of its last seat, from a round on, that another region holds."""
         standing, settled = self._standing.get(region), self._settled.get(region, 0)

@@ -12,7 +12,7 @@ from distributed import Client, Future
 
 from geotrain.clusters import RegionCluster, open_cluster
 from geotrain.data.inventory import Inventory
-from geotrain.errors import ClusterTooSmall, ClusterUnreachable, GeotrainError, Stopped, TaskFailed, WorkerHangs, WorkerLost
+from geotrain.errors import ClusterTooSmall, ClusterUnreachable, DeviceFailed, GeotrainError, Stopped, TaskFailed, WorkerHangs, WorkerLost
 from geotrain.job import JobSpec
 from geotrain.partition.calls import beside, on_worker
 from geotrain.partition.orders import Directory, Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder, topic
@@ -21,6 +21,8 @@ from geotrain.sync.messages import View
 POLL_S = 0.1
 WORKERS_CHECK_S = 2.0
 TELL_S = 5.0
+COLD = 10
+"""How much longer a seat's first round may take: it has what is slow once."""
 FROZEN_S = 120.0
 """A worker whose process gives no sign of life for so long is lost, whatever it does."""
 REACH_S = 60.0
@@ -57,7 +59,7 @@ class Partition:
         """Workers that hung, or are about to end."""
         self._telling: list[threading.Thread] = []
         self._sign_at: float | None = None
-        """When the leader last said that it makes steps, or why it makes none; None: it does something else."""
+        """When the leader was last told to make steps, or gave a sign of it; None: it does something else."""
         self._warm = False
         """The leader has made a round since it took its seat: what is slow once is behind it."""
         self._beats: dict[str, tuple[float, float]] = {}
@@ -73,8 +75,8 @@ class Partition:
     def _heard(self, event: tuple[float, dict[str, Any]]) -> None:
         if event[1].get("closing"):
             self._sign_at = None
-        elif event[1].get("rounds") or (self._sign_at is not None and "rounds" in event[1]):
-            self._sign_at, self._warm = time.monotonic(), True
+        elif self._sign_at is not None and "rounds" in event[1]:
+            self._sign_at, self._warm = time.monotonic(), self._warm or bool(event[1]["rounds"])
         self._listener(self.region, event[1])
 
     def _listen(self) -> None:
@@ -167,7 +169,7 @@ class Partition:
 
         Raises TaskError, WorkerLost, WorkerHangs, WanError, OutputUnwritable, or Stopped when another region failed.
         """
-        self._ticket, self._sign_at = order.ticket, time.monotonic() if self._warm else None
+        self._ticket, self._sign_at = order.ticket, time.monotonic()
         futures = [self._submit(worker, "train_segment", self.control.run, self.region, order) for worker in self.workers]
         done: SegmentDone = self._await(futures, f"segment {order.number}", hangs_after_s=hangs_after_s)[0]
         return done
@@ -269,8 +271,13 @@ class Partition:
                 time.sleep(POLL_S)
             if silent := [worker for worker, answer in answers.items() if answer.status == "pending"]:
                 self._cancel([answers[worker] for worker in silent])
-                self._unusable.update(silent)
-                self.client.restart_workers(silent, timeout=SETTLE_S, raise_for_error=False)
+                self._restart(silent)
+
+    def _restart(self, workers: list[str]) -> None:
+        """By their nannies; one without is not used again."""
+        self._unusable.update(workers)
+        with suppress(*CLIENT_ERRORS):
+            self.client.restart_workers(workers, timeout=SETTLE_S, raise_for_error=False)
 
     def _submit(self, worker: str, name: str, *args: Any) -> Future:
         return self.client.submit(on_worker, name, *args, workers=[worker], allow_other_workers=False, pure=False, retries=0)
@@ -289,12 +296,15 @@ class Partition:
                 self._cancel(futures)
                 raise Stopped(self.control.run)
             self._pass_on_stop()
-            if (sign_at := self._sign_at) is not None and (silent_s := time.monotonic() - sign_at) > hangs_after_s:
+            limit_s = hangs_after_s if self._warm else COLD * hangs_after_s
+            if (sign_at := self._sign_at) is not None and (silent_s := time.monotonic() - sign_at) > limit_s:
                 self._cancel(futures)
                 raise WorkerHangs(self.region, self.workers[0], silent_s)
             if time.monotonic() - checked > WORKERS_CHECK_S:
                 checked = time.monotonic()
                 self._check_workers(futures, workers or self.workers, doing)
+                if hangs_after_s < math.inf:
+                    self._tell("watched")
             time.sleep(POLL_S if len(futures) > 1 else 0.02)
         if all(future.status == "finished" for future in futures):
             return [future.result() for future in futures]
@@ -340,6 +350,8 @@ class Partition:
         self._cancel([future for future in futures if future.status == "pending"])
         raised = [future.exception() for future in futures if future.status == "error"]
         for error in raised:
+            if isinstance(error, DeviceFailed):
+                self._restart([str(error.named["worker"])])
             if isinstance(error, GeotrainError):
                 return error
         try:

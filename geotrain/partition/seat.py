@@ -33,6 +33,8 @@ from geotrain.sync.replica import AnyReplica, MergeReplica, choose_codecs
 from geotrain.sync.strategy import strategy_of
 from geotrain.wan.transport import Identity, model_digest
 
+WATCHED_S = 20.0
+"""A control plane that gave no sign of life for so long is gone, or stands still: as long as its lease lasts."""
 UNOBSERVED_S = 60.0
 """Nothing trains for longer when the control plane is gone: a seat ends its segment early, or without a checkpoint after this."""
 LARGEST_PER_ELEMENT, LARGEST_EXTRA = 8, 64
@@ -52,6 +54,8 @@ class Seat:
         self.news: SimpleQueue[tuple[View, Directory]] = SimpleQueue()
         """Views that the control plane told meanwhile."""
         self.aborted = False
+        self.watched_at = time.monotonic()
+        """When the control plane last gave a sign of life."""
         self.lapsed_at: float | None = None
         """When it was noticed that nobody waits for this seat's work any more."""
         self._seconds = 0.0
@@ -135,7 +139,7 @@ class Seat:
     def segment(self, order: SegmentOrder) -> SegmentDone | None:
         """Train one segment. The leader answers; the region's other workers return None."""
         again, self.now_in = order.ticket == self.now_in, order.ticket
-        began = time.monotonic()
+        began = self.watched_at = time.monotonic()
         wanted = dask_task_wanted()
         first: Directive | None = None
         if self.server is not None:
@@ -176,7 +180,8 @@ class Seat:
             view, directory = self.news.get()
             if self.server is not None and view.epoch > self.server.machine.at.view.epoch:
                 self.take_view(view, directory)
-        if self.lapsed_at is None and not wanted():
+        watched = time.monotonic() - self.watched_at < WATCHED_S
+        if self.lapsed_at is None and not (watched and wanted()):
             self.lapsed_at = time.monotonic()
         if self.lapsed_at is not None and time.monotonic() - self.lapsed_at > UNOBSERVED_S:
             raise Stopped(self.order.run)

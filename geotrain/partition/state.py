@@ -9,7 +9,10 @@ from geotrain.partition.flat import FlatModel
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, facts) of an inner optimizer, keyed `parameter/slot`; facts hold the slots that are plain numbers."""
+    """(tensors, facts) of an inner optimizer, keyed `parameter/slot`; facts hold the slots that are plain numbers.
+
+    `groups` of the facts: the numbers of each parameter group, as the learning rate, which a task may change while it trains.
+    """
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {}
     for parameter, slots in optimizer.state.items():
@@ -19,13 +22,17 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> 
                 tensors[key] = value
             elif value is not None:
                 facts[key] = value
-    return tensors, facts
+    groups = [{name: value for name, value in group.items() if isinstance(value, int | float)} for group in optimizer.param_groups]
+    return tensors, {**facts, "groups": groups}
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, flat: FlatModel, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Give an optimizer, fresh from the task, the slots that it had. Step counters stay on the CPU, as torch keeps them."""
     parameters = dict(flat.model.named_parameters())
-    for key, value in {**tensors, **facts}.items():
+    slots = {key: value for key, value in facts.items() if key != "groups"}
+    for group, numbers in zip(optimizer.param_groups, facts["groups"], strict=True):
+        group.update(numbers)
+    for key, value in {**tensors, **slots}.items():
         name, _, slot = key.rpartition("/")
         parameter = parameters[name]
         on_device = isinstance(value, Tensor) and value.shape == parameter.shape

@@ -2,11 +2,15 @@
 
 import socket
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from distributed import get_worker
 
-from geotrain.errors import WorkerLost
+from geotrain.errors import DeviceFailed, WorkerLost
 from geotrain.partition import notice
 from geotrain.partition.orders import Directory, SeatOrder, SeatTaken, SegmentDone, SegmentOrder
 from geotrain.partition.seat import Seat
@@ -16,13 +20,29 @@ _SEATS: dict[tuple[str, str], Seat] = {}
 """This process's seats, by run and region: the state that stays resident between segments."""
 
 
+DEVICE_FAULTS = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", MemoryError))
+
+
+@contextmanager
+def blamed_on_device(region: str) -> Iterator[None]:
+    """What a device raises that is broken or full. CUDA tells of it at whatever call comes next, and is of no use to this process then."""
+    try:
+        yield
+    except Exception as error:
+        first = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        if not isinstance(first, DEVICE_FAULTS) and "CUDA error" not in str(first):  # as torch says it before 2.8
+            raise
+        raise DeviceFailed(region, get_worker().address, f"{type(first).__name__}: {str(first).splitlines()[0]}") from error
+
+
 def take_seat(order: SeatOrder) -> SeatTaken:
     """Make this process's seat; one left over from an earlier attempt is closed first."""
     leave(order.run, order.region)
     _stop_profiler()
-    seat = Seat(order)
-    _SEATS[order.run, order.region] = seat
-    return seat.taken()
+    with blamed_on_device(order.region):
+        seat = Seat(order)
+        _SEATS[order.run, order.region] = seat
+        return seat.taken()
 
 
 def _stop_profiler() -> None:
@@ -40,14 +60,16 @@ def train_segment(run: str, region: str, order: SegmentOrder) -> SegmentDone | N
     if (run, region) not in _SEATS:
         raise WorkerLost(region, get_worker().address, "between two segments: its process was replaced")
     seat = _SEATS[run, region]
-    done = seat.segment(order)
+    with blamed_on_device(region):
+        done = seat.segment(order)
     if seat.lapsed_at is not None:
         leave(run, region)
     return done
 
 
 def evaluate_seat(run: str, region: str) -> dict[str, tuple[float, float]]:
-    return _SEATS[run, region].evaluate()
+    with blamed_on_device(region):
+        return _SEATS[run, region].evaluate()
 
 
 def reach(run: str, region: str, addresses: dict[str, str]) -> dict[str, str | None]:
@@ -67,6 +89,12 @@ def ask_stop(run: str, region: str, ticket: int) -> None:
     """Runs beside the segment: ask the leader to end it at the next round that all can agree on."""
     if (run, region) in _SEATS:
         _SEATS[run, region].stop_in = ticket
+
+
+def watched(run: str, region: str) -> None:
+    """Runs beside the segment: the control plane is there."""
+    if (run, region) in _SEATS:
+        _SEATS[run, region].watched_at = time.monotonic()
 
 
 def tell_view(run: str, region: str, view: View, directory: Directory) -> None:

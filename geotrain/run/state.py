@@ -78,8 +78,10 @@ class RunState:
         self._token = secrets.token_hex(16)
         self._ticket = 1
         self._ends = 0
+        self._diverged = False
         self._spoilt: set[str] = set()
-        """Regions that came back from rounds that ended in a NaN, and have not trained for a whole segment since."""
+        """Regions that came back from rounds that ended in a NaN, or from a device that failed, and have not trained for a whole segment
+        since."""
         self._spoilt_now: set[str] = set()
         """Those of this segment."""
         self._flushed_at = self._looked_at = 0.0

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from geotrain.checkpoint import Manifest
 from geotrain.errors import (
     ClusterError,
+    DeviceFailed,
     Diverged,
+    GeotrainError,
     JobError,
     NonFiniteLoss,
     Stopped,
@@ -48,6 +50,8 @@ class Training(Seating):
             try:
                 done = self.partitions[region].train(order, self.plan.hangs_after_s(region))
             except ClusterError as error:
+                if isinstance(error, DeviceFailed):
+                    self._trust_once_more(region, error)
                 self.membership.lost(region, error, self.round)
                 continue
             except Stopped:
@@ -59,16 +63,20 @@ class Training(Seating):
                     raise
                 continue  # it was told to begin again
             except NonFiniteLoss as error:
-                if region in self._spoilt:
-                    raise
-                self._spoilt.add(region)  # once: a bad machine may be the reason, or an optimizer that has lost its way
-                self._spoilt_now.add(region)
+                self._trust_once_more(region, error)  # a bad machine may be the reason, or an optimizer that has lost its way
                 self.membership.lost(region, error, self.round)
                 continue
             self.board.status(region, f"segment {segment} done")
             if self.membership.end(region, ticket, view):
                 return done
         return None
+
+    def _trust_once_more(self, region: str, error: GeotrainError) -> None:
+        """Raises the error where the region has not trained for a whole segment since the last one of its kind."""
+        if region in self._spoilt:
+            raise error
+        self._spoilt.add(region)
+        self._spoilt_now.add(region)
 
     def synchronize(self, segment: int, parts: Sequence[SegmentDone | None]) -> bool:
         """The barrier: agreed, metrics known, a checkpoint under way. True when training is over.
@@ -80,7 +88,9 @@ class Training(Seating):
         rounds = {part.round for part in done}
         hashes = {part.region: part.sha256[:12] for part in done}
         if len(rounds) != 1 or (isinstance(self.strategy, Merging) and len(set(hashes.values())) != 1):
-            raise Diverged(max(rounds), hashes)
+            self._roll_back(Diverged(max(rounds), hashes))
+            return False
+        self._diverged = False
         self.round = rounds.pop()
         self.commits.settle(self._check_parts)  # of the segment before: its manifest has the parts of those that are away
         for part in done:
@@ -114,6 +124,19 @@ class Training(Seating):
             self._between_segments(short, over=over)
             self.folder.flush(must=False)
         return over
+
+    def _roll_back(self, error: Diverged) -> None:
+        """All take their seats anew, as of the last checkpoint; a second time before another is made the error is raised."""
+        if self._diverged:
+            raise error
+        self._diverged = True
+        self.commits.settle(self._check_parts)
+        self._epoch = self.membership.roster.view.epoch + 1
+        self._ticket += 1
+        self._take_up_here()
+        back_to = self._rolled_back(self.commits.last)
+        self.folder.event("rolled_back", round=back_to, why=error.message)
+        self.folder.flush(must=False)
 
     def check_stop(self) -> None:
         """Between two segments. Raises Stopped where that is wanted, once the last checkpoint is committed."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 from geotrain.guard import MARK
 
@@ -110,11 +111,19 @@ def test_an_interrupt_drains_and_resume_continues(running: tuple[subprocess.Pope
 
 
 @pytest.mark.parametrize("force", [False, True], ids=["drained", "forced"])
-def test_a_stop_from_elsewhere_ends_it(running: tuple[subprocess.Popen[str], Path], force: bool) -> None:
+def test_a_region_is_drained_and_a_stop_from_elsewhere_ends_it(
+    running: tuple[subprocess.Popen[str], Path], force: bool, tmp_path: Path
+) -> None:
     process, runs = running
     (run,) = [folder.name for folder in runs.iterdir()]
     taken = call("resume", run, "--runs", str(runs), expect=7)["error"]
     assert taken["type"] == "RunTaken", "while another process is in charge"
+    if not force:
+        north, south = (region["name"] for region in yaml.safe_load((runs / run / "job.yaml").read_text())["regions"])
+        assert call("region", "drain", run, south, "--runs", str(runs))["data"] == {"run": run, "region": south, "left": True}
+        assert f"{north} stays" in call("region", "drain", run, north, "--runs", str(runs), expect=2)["error"]["message"]
+        (region := tmp_path / "region.yaml").write_text(yaml.safe_dump({"name": south, "data": {"train": str(tmp_path / "nothing")}}))
+        assert call("region", "add", run, str(region), "--runs", str(runs), expect=2)["error"]["message"]
     answer = call("stop", run, "--runs", str(runs), *(["--force"] if force else []))["data"]
     assert answer == {"run": run, "status": "stopped"}
     process.communicate(timeout=60)

@@ -66,6 +66,15 @@ def test_the_readme_names_only_what_there_is() -> None:
         assert (ROOT / file).exists(), file
 
 
+def test_the_tests_that_the_failures_name_exist() -> None:
+    text = (ROOT / "docs/failures.md").read_text()
+    tests = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    for name in re.findall(r"`(test_\w+?)(?:_\.\.\.)?`", text):
+        assert f"def {name}" in tests, name
+    for file in re.findall(r"`(tests/[\w/.-]+)`", text):
+        assert (ROOT / file).exists(), file
+
+
 def test_every_strategy_is_described() -> None:
     text = (ROOT / "docs/strategies.md").read_text()
     for model in members_of(Sync):

@@ -83,6 +83,7 @@ def test_an_optimizer_goes_on_as_if_nothing_had_been(kind) -> None:
     first, second = FlatModel(Tied(), CPU), FlatModel(Tied(), CPU)
     optimizer = kind(first.model.parameters())
     trained(first, optimizer, 3)
+    optimizer.param_groups[0]["lr"] *= 0.5  # as a task may
     tensors, facts = optimizer_state(optimizer, first.parameter_names())
     second.vector.copy_(first.vector)
     again = kind(second.model.parameters())

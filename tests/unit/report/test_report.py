@@ -1,5 +1,7 @@
 from pathlib import Path
 
+import time
+
 import pytest
 
 from geotrain.errors import NothingToResume, OutputUnwritable, RunNotFound
@@ -88,6 +90,23 @@ def test_the_state_of_a_run_is_read_from_its_folder(tmp_path: Path) -> None:
     folder.flush()
     state = state_of(folder)
     assert (state["status"], state["message"], state["round"], state["resumable"]) == ("failed", "north burned down", 5, False)
+
+
+def test_the_state_says_who_is_away_and_whether_the_quorum_is_there(tmp_path: Path) -> None:
+    folder = RunFolder.create(points_job(tmp_path), "r")
+    for region in ("north", "south"):
+        folder.event("seated", region=region)
+        folder.round(record(region, 4, 1e9))
+    folder.flush()
+    told = time.time()
+    assert state_of(folder, now=told)["status"] == "running"
+    for quorum, status in ((1, "degraded"), (2, "recovering")):
+        folder.event("view", epoch=quorum, regions=["north"], quorum=quorum)
+        folder.flush()
+        assert state_of(folder, now=told)["status"] == status
+    folder.event("view", epoch=3, regions=["north", "south"], quorum=2)
+    folder.flush()
+    assert state_of(folder, now=told)["status"] == "running"
 
 
 def test_the_chart_draws_every_region_and_metric() -> None:
