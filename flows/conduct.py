@@ -3,7 +3,6 @@
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -17,6 +16,8 @@ from geotrain.errors import Stopped
 from geotrain.job import load_job
 from geotrain.report.state import last_unfinished
 from geotrain.run import Run
+
+WAIT_S = 0.25
 
 
 def begin_server() -> None:
@@ -72,9 +73,13 @@ def each_region(run: Run, task: Task[..., Any], *args: Any, regions: Sequence[st
     """
     names = run.regions if regions is None else regions
     futures = [task.submit(run, name, *args) for name in names]
-    for done in as_completed([future.wrapped_future for future in futures]):  # of the task runner's threads; each gives a state
-        if done.exception() is not None or not done.result().is_completed():
+    waiting = list(futures)
+    while waiting:
+        waiting[0].wait(timeout=WAIT_S)
+        done = [future.wrapped_future for future in waiting if future.wrapped_future.done()]  # of the runner's threads; each gives a state
+        if any(future.exception() is not None or not future.result().is_completed() for future in done):
             run.control.abort.set()
+        waiting = [future for future in waiting if future.wrapped_future not in done]
     results = [future.result(raise_on_failure=False) for future in futures]
     errors = [result for result in results if isinstance(result, BaseException)]
     for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):

@@ -59,8 +59,18 @@ def locate_and_plan(run: Run) -> None:
 
 
 def train_and_publish(run: Run) -> dict[str, Any]:
-    """Provision, train segment by segment, conclude. Returns the summary."""
-    run.introduce(run.seats(lambda: each_region(run, provision)))
+    """Provision, train, conclude; again where a worker is lost by then. Returns the summary."""
+    while True:
+        run.introduce(run.seats(lambda: each_region(run, provision)))
+        train(run)
+        try:
+            return conclude(run)
+        except ClusterError as error:
+            run.end_again(error)
+
+
+def train(run: Run) -> None:
+    """Segment by segment, as many as are left."""
     run.training = True
     for segment in run.segments_left():
         if synchronize(run, segment, each_region(run, train_partition, segment)):
@@ -69,12 +79,6 @@ def train_and_publish(run: Run) -> dict[str, Any]:
         if run.seats_change:
             run.introduce(run.seats(lambda: each_region(run, provision)))
     run.training = False
-    while True:
-        try:
-            return conclude(run)
-        except ClusterError as error:
-            run.end_again(error)
-            run.introduce(run.seats(lambda: each_region(run, provision)))
 
 
 def conclude(run: Run) -> dict[str, Any]:

@@ -63,22 +63,25 @@ def conduct(run: Run, before_segment: Callable[[Run, int], None] = lambda run, s
     """What flows.train does, in threads instead of tasks."""
     with run:
         run.look_and_plan()
-        run.introduce(run.seats(lambda: run.in_every_region(run.provision)))
-        run.training = True
-        for segment in run.segments_left():
-            before_segment(run, segment)
-            if run.synchronize(segment, run.in_every_region(run.train, segment)):
-                break
-            run.check_stop()
-            if run.seats_change:
-                run.introduce(run.seats(lambda: run.in_every_region(run.provision)))
-        run.training = False
         while True:
+            run.introduce(run.seats(lambda: run.in_every_region(run.provision)))
+            train(run, before_segment)
             try:
                 return conclude(run)
             except ClusterError as error:
                 run.end_again(error)
-                run.introduce(run.seats(lambda: run.in_every_region(run.provision)))
+
+
+def train(run: Run, before_segment: Callable[[Run, int], None]) -> None:
+    run.training = True
+    for segment in run.segments_left():
+        before_segment(run, segment)
+        if run.synchronize(segment, run.in_every_region(run.train, segment)):
+            break
+        run.check_stop()
+        if run.seats_change:
+            run.introduce(run.seats(lambda: run.in_every_region(run.provision)))
+    run.training = False
 
 
 def conclude(run: Run) -> dict[str, Any]:

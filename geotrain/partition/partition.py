@@ -23,6 +23,8 @@ WORKERS_CHECK_S = 2.0
 TELL_S = 5.0
 COLD = 10
 """How much longer a seat's first round may take: it has what is slow once."""
+STOOD_STILL_S = 10.0
+"""Between two looks of the control plane: it is this process that made none, and what it has not heard in that time says nothing."""
 FROZEN_S = 120.0
 """A worker whose process gives no sign of life for so long is lost, whatever it does."""
 REACH_S = 60.0
@@ -60,6 +62,8 @@ class Partition:
         self._telling: list[threading.Thread] = []
         self._sign_at: float | None = None
         """When the leader was last told to make steps, or gave a sign of it; None: it does something else."""
+        self._lives: set[int] = set()
+        """Of the seats: what earlier ones still say is no sign."""
         self._warm = False
         """The leader has made a round since it took its seat: what is slow once is behind it."""
         self._beats: dict[str, tuple[float, float]] = {}
@@ -73,10 +77,10 @@ class Partition:
         return self.cluster.client
 
     def _heard(self, event: tuple[float, dict[str, Any]]) -> None:
-        if event[1].get("closing"):
-            self._sign_at = None
-        elif self._sign_at is not None and "rounds" in event[1]:
+        if "rounds" in event[1] and event[1]["life"] in self._lives and self._sign_at is not None:
             self._sign_at, self._warm = time.monotonic(), self._warm or bool(event[1]["rounds"])
+            if event[1].get("closing"):
+                self._sign_at = None
         self._listener(self.region, event[1])
 
     def _listen(self) -> None:
@@ -153,12 +157,12 @@ class Partition:
 
     def take_seats(self, order: Callable[[int, int, str | None], SeatOrder]) -> SeatTaken:
         """Seat every worker; `order` makes the order for (rank, workers, rendezvous). Returns the leader's answer."""
-        rendezvous, self._warm = None, False
+        rendezvous, self._warm, self._sign_at = None, False, None
         if len(self.workers) > 1:
             rendezvous = self._await([self._submit(self.workers[0], "meeting_point")], "choosing a port")[0]
-        futures = [
-            self._submit(worker, "take_seat", order(rank, len(self.workers), rendezvous)) for rank, worker in enumerate(self.workers)
-        ]
+        orders = [order(rank, len(self.workers), rendezvous) for rank in range(len(self.workers))]
+        self._lives = {order.life for order in orders}
+        futures = [self._submit(worker, "take_seat", order) for worker, order in zip(self.workers, orders, strict=True)]
         leader: SeatTaken = self._await(futures, "building the model")[0]
         with suppress(*CLIENT_ERRORS):
             self.client.sync(self.client._run, on_worker, "heed_notices", workers=self.workers, on_error="ignore", callback_timeout=TELL_S)
@@ -224,11 +228,13 @@ class Partition:
         return self._await([self._submit(self.workers[0], name, self.control.run, self.region, *args)], doing)[0]
 
     def leader_is_there(self) -> bool:
-        """Whether the leader's process is one that the cluster knows."""
+        """Whether the leader's process is one that the cluster knows, and gives signs of life."""
         try:
-            return self.workers[0] in self.client.nthreads()
+            there = self._there()
         except CLIENT_ERRORS:
             return False
+        leader = self.workers[0]
+        return leader in there and self._silent_s(leader, there[leader]) <= FROZEN_S
 
     def vacate(self) -> None:
         """Give up the seats, to take others."""
@@ -251,6 +257,7 @@ class Partition:
     def _take_back(self, workers: list[str]) -> None:
         words = "leave", self.control.run, self.region
         with suppress(*CLIENT_ERRORS):
+            workers = [worker for worker in workers if worker in self.client.nthreads()]  # a dead one would be tried for half a minute
             self.client.sync(self.client._run, on_worker, *words, workers=workers, on_error="ignore", callback_timeout=REACH_S)
 
     def leave(self) -> None:
@@ -289,22 +296,25 @@ class Partition:
 
     def _await(self, futures: Sequence[Future], doing: str, workers: list[str] | None = None, hangs_after_s: float = math.inf) -> list[Any]:
         """The results, unless a worker is lost, the run is aborted, or one of them raises."""
-        checked = time.monotonic()
+        checked = turn = time.monotonic()
         while any(future.status == "pending" for future in futures) and all(future.status in ("pending", "finished") for future in futures):
             if self.control.abort.is_set():
                 self._tell("abort")
                 self._cancel(futures)
                 raise Stopped(self.control.run)
             self._pass_on_stop()
+            if (now := time.monotonic()) - turn > STOOD_STILL_S:
+                self._sign_at, self._beats = self._sign_at and now, {}
+            turn = now
             limit_s = hangs_after_s if self._warm else COLD * hangs_after_s
             if (sign_at := self._sign_at) is not None and (silent_s := time.monotonic() - sign_at) > limit_s:
                 self._cancel(futures)
                 raise WorkerHangs(self.region, self.workers[0], silent_s)
             if time.monotonic() - checked > WORKERS_CHECK_S:
                 checked = time.monotonic()
-                self._check_workers(futures, workers or self.workers, doing)
-                if hangs_after_s < math.inf:
+                if workers is None:
                     self._tell("watched")
+                self._check_workers(futures, workers or self.workers, doing)
             time.sleep(POLL_S if len(futures) > 1 else 0.02)
         if all(future.status == "finished" for future in futures):
             return [future.result() for future in futures]
@@ -323,16 +333,21 @@ class Partition:
 
     def _check_workers(self, futures: Sequence[Future], workers: list[str], doing: str) -> None:
         try:
-            there = self.client.sync(self.client.scheduler.identity, n_workers=-1)["workers"]
+            there = self._there()
         except CLIENT_ERRORS as error:
             raise ClusterUnreachable(self.region, str(self.client.scheduler), f"lost during {doing}: {error}") from error
         for worker in workers:
             if worker not in there:
                 self._cancel(futures)
                 raise WorkerLost(self.region, worker, doing)
-            if (silent_s := self._silent_s(worker, there[worker]["last_seen"])) > FROZEN_S:
+            if (silent_s := self._silent_s(worker, there[worker])) > FROZEN_S:
                 self._cancel(futures)
                 raise WorkerHangs(self.region, worker, silent_s)
+
+    def _there(self) -> dict[str, float]:
+        """Worker -> its last heartbeat by the scheduler's clock. Raises what a client raises that has lost its scheduler."""
+        known = self.client.sync(self.client.scheduler.identity, n_workers=-1)["workers"]
+        return {address: worker["last_seen"] for address, worker in known.items()}
 
     def _silent_s(self, worker: str, last_seen: float) -> float:
         """Since its last heartbeat, or our first look."""

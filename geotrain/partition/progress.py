@@ -55,4 +55,6 @@ class Reporter:
             links = {to: link.to_dict() for to, link in list(self.endpoint.transport.traffic.items())} if self._rounds else {}
             silent = {to: round(seconds, 1) for to, seconds in self.endpoint.silent().items()}
             self.say({"rounds": self._rounds, "links": links, "settled": dict(self.settled), "silent": silent, "closing": closing})
+        else:
+            self.say({"rounds": []})  # the leader, which waits for this worker, can say nothing
         self._rounds, self._sent_at = [], time.monotonic()

@@ -180,8 +180,9 @@ class Seat:
             view, directory = self.news.get()
             if self.server is not None and view.epoch > self.server.machine.at.view.epoch:
                 self.take_view(view, directory)
-        watched = time.monotonic() - self.watched_at < WATCHED_S
-        if self.lapsed_at is None and not (watched and wanted()):
+        if wanted() and time.monotonic() - self.watched_at < WATCHED_S:
+            self.lapsed_at = None
+        elif self.lapsed_at is None:
             self.lapsed_at = time.monotonic()
         if self.lapsed_at is not None and time.monotonic() - self.lapsed_at > UNOBSERVED_S:
             raise Stopped(self.order.run)
@@ -228,7 +229,7 @@ class Seat:
     def merge_fully(self, directory: Directory) -> tuple[str, dict[str, dict[str, Any]], float]:
         """One full merge, weighted by rows, so that the run ends with one model; returns its hash, the traffic and the seconds."""
         assert self.server is not None
-        began = time.monotonic()
+        began = self.watched_at = time.monotonic()
         self._endpoint.introduce(directory)
         wanted = dask_task_wanted()
 

@@ -57,9 +57,7 @@ def _stop_profiler() -> None:
 
 
 def train_segment(run: str, region: str, order: SegmentOrder) -> SegmentDone | None:
-    if (run, region) not in _SEATS:
-        raise WorkerLost(region, get_worker().address, "between two segments: its process was replaced")
-    seat = _SEATS[run, region]
+    seat = _seat(run, region)
     with blamed_on_device(region):
         done = seat.segment(order)
     if seat.lapsed_at is not None:
@@ -69,7 +67,7 @@ def train_segment(run: str, region: str, order: SegmentOrder) -> SegmentDone | N
 
 def evaluate_seat(run: str, region: str) -> dict[str, tuple[float, float]]:
     with blamed_on_device(region):
-        return _SEATS[run, region].evaluate()
+        return _seat(run, region).evaluate()
 
 
 def reach(run: str, region: str, addresses: dict[str, str]) -> dict[str, str | None]:
@@ -78,11 +76,19 @@ def reach(run: str, region: str, addresses: dict[str, str]) -> dict[str, str | N
 
 
 def merge_fully(run: str, region: str, directory: Directory) -> tuple[str, dict[str, dict[str, Any]], float]:
-    return _SEATS[run, region].merge_fully(directory)
+    with blamed_on_device(region):
+        return _seat(run, region).merge_fully(directory)
 
 
 def write_model(run: str, region: str, url: str) -> int:
-    return _SEATS[run, region].write_model(url)
+    with blamed_on_device(region):
+        return _seat(run, region).write_model(url)
+
+
+def _seat(run: str, region: str) -> Seat:
+    if (run, region) not in _SEATS:
+        raise WorkerLost(region, get_worker().address, "giving it something to do: its process was replaced")
+    return _SEATS[run, region]
 
 
 def ask_stop(run: str, region: str, ticket: int) -> None:

@@ -54,6 +54,7 @@ class Run(Training):
                 raise NothingToResume(folder.run, "it has no checkpoint yet")
             run._take_up(manifest)
             run._leave_out(without)
+            run._leave_behind()
         except BaseException:
             run.charge.release()
             raise
@@ -120,6 +121,7 @@ class Run(Training):
             self.board.enter("stopping: draining the round and writing a checkpoint")
             self.control.stop.set()
         elif what in ("stop", "force", "lost"):
+            self._end_wanted = True
             self.control.abort.set()
 
     def _asked_to_add(self, region: Mapping[str, Any]) -> None:

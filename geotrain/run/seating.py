@@ -117,7 +117,7 @@ class Seating(Placing):
         self.folder.event("bad_checkpoint", message=error.message, round=damaged.round, back_to=before and before.round)
         if before is None:
             return False
-        self.control.abort.clear()
+        self._go_on()
         for name in list(self._coming):
             self._turn_away(name, "a checkpoint turned out to be damaged meanwhile: ask again")
         self._membership = None
@@ -180,6 +180,7 @@ class Seating(Placing):
     def _take_up_here(self) -> None:
         """All take their seats anew, as of the checkpoint that was just made; the new plan is written once they have."""
         self.membership.close()
+        self.accounts.seats_anew()
         self.resumed, self._membership, self.seats_change = self.commits.last, None, True
         noticed, self._noticed = self._noticed, {}
         for region in self.regions:

@@ -78,6 +78,8 @@ class RunState:
         self._token = secrets.token_hex(16)
         self._ticket = 1
         self._ends = 0
+        self._end_wanted = False
+        """By the user, or since another process has the run."""
         self._diverged = False
         self._spoilt: set[str] = set()
         """Regions that came back from rounds that ended in a NaN, or from a device that failed, and have not trained for a whole segment
@@ -108,6 +110,13 @@ class RunState:
         for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
             raise error
         return [future.result() for future in futures]
+
+    def _go_on(self) -> None:
+        """What failed is dealt with, so nobody is to end for it any more. Raises Stopped where an end is wanted anyhow."""
+        self.control.abort.clear()
+        if self._end_wanted:
+            self.control.abort.set()
+            raise Stopped(self.id)
 
     def _heard(self, region: str, message: Mapping[str, Any]) -> None:
         self.board.heard(region, message)

@@ -131,12 +131,17 @@ class Training(Seating):
             raise error
         self._diverged = True
         self.commits.settle(self._check_parts)
+        self._begin_again(error.message)
+
+    def _begin_again(self, why: str) -> None:
+        """From the last checkpoint, wherever that is."""
         self._epoch = self.membership.roster.view.epoch + 1
         self._ticket += 1
         self._take_up_here()
-        back_to = self._rolled_back(self.commits.last)
-        self.folder.event("rolled_back", round=back_to, why=error.message)
-        self.folder.flush(must=False)
+        last = self.commits.last
+        if last is None or last.round != self.round:
+            self.folder.event("rolled_back", round=self._rolled_back(last), why=why)
+            self.folder.flush(must=False)
 
     def check_stop(self) -> None:
         """Between two segments. Raises Stopped where that is wanted, once the last checkpoint is committed."""
@@ -213,19 +218,26 @@ class Training(Seating):
         self._take_up_here()
 
     def end_again(self, error: ClusterError) -> None:
-        """A worker was lost after the last segment: all that were there take their seats anew, as of its checkpoint.
+        """A worker was lost after the last segment: all take their seats anew, as of the last checkpoint.
 
-        Raises the error where no checkpoint is of the last round, or it is not the first time.
+        Raises the error where this is not the first time, Stopped.
         """
         self._ends += 1
-        if self._ends == MOST_ENDS or self.commits.last is None or self.commits.last.round != self.round:
+        if self._ends == MOST_ENDS:
             raise error
         self.folder.event("lost_at_end", message=error.message, round=self.round)
-        self._epoch = self.membership.roster.view.epoch + 1
-        self.left |= set(self.regions) - set(self.present)  # nothing would bring them up to date any more
-        self._take_up_here()
+        for region in self.present:
+            self.partitions[region].abandon()
+        self._begin_again(error.message)
         self.seats_change = False  # as in a resume: all must get their seats
-        self.control.abort.clear()
+        self._leave_behind()
+        self._go_on()
+
+    def _leave_behind(self) -> None:
+        """Where nothing is left to train, a region that was away by the end takes no part in it: nothing would bring it up to date."""
+        if self.resumed is not None and next(self.segments_left(), None) is None:
+            parts = {part.region: part.round for part in self.resumed.parts}
+            self.left |= {region for region in self.regions if parts.get(region) != self.round}
 
     def _take_in(self, newcomer: Newcomer) -> None:
         """A region belongs to the run from here on."""
