@@ -80,3 +80,5 @@ class Tally:
     def back_to(self, round: int) -> None:
         """The run goes on from a checkpoint: what came later is void."""
         self._settled = {region: min(first, round) for region, first in self._settled.items()}
+        for standing in self._standing.values():
+            standing.closed = {closed: what for closed, what in standing.closed.items() if closed < round}

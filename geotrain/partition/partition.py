@@ -62,6 +62,7 @@ class Partition:
         self._telling: list[threading.Thread] = []
         self._sign_at: float | None = None
         """When the leader was last told to make steps, or gave a sign of it; None: it does something else."""
+        self._signs = threading.Lock()
         self._lives: set[int] = set()
         """Of the seats: what earlier ones still say is no sign."""
         self._warm = False
@@ -77,10 +78,10 @@ class Partition:
         return self.cluster.client
 
     def _heard(self, event: tuple[float, dict[str, Any]]) -> None:
-        if "rounds" in event[1] and event[1]["life"] in self._lives and self._sign_at is not None:
-            self._sign_at, self._warm = time.monotonic(), self._warm or bool(event[1]["rounds"])
-            if event[1].get("closing"):
-                self._sign_at = None
+        with self._signs:
+            if "rounds" in event[1] and event[1]["life"] in self._lives and self._sign_at is not None:
+                self._sign_at = None if event[1].get("closing") else time.monotonic()
+                self._warm = self._warm or bool(event[1]["rounds"])
         self._listener(self.region, event[1])
 
     def _listen(self) -> None:
@@ -225,7 +226,12 @@ class Partition:
         return size
 
     def _ask_leader(self, doing: str, name: str, *args: Any) -> Any:
-        return self._await([self._submit(self.workers[0], name, self.control.run, self.region, *args)], doing)[0]
+        try:
+            return self._await([self._submit(self.workers[0], name, self.control.run, self.region, *args)], doing)[0]
+        except Stopped as stopped:
+            if self.control.abort.is_set():
+                raise
+            raise WorkerLost(self.region, self.workers[0], f"{doing}: it heard nothing of this process and gave up") from stopped
 
     def leader_is_there(self) -> bool:
         """Whether the leader's process is one that the cluster knows, and gives signs of life."""
@@ -284,7 +290,8 @@ class Partition:
         """By their nannies; one without is not used again."""
         self._unusable.update(workers)
         with suppress(*CLIENT_ERRORS):
-            self.client.restart_workers(workers, timeout=SETTLE_S, raise_for_error=False)
+            told = self.client.restart_workers(workers, timeout=SETTLE_S, raise_for_error=False)
+            self._unusable.difference_update(worker for worker, how in told.items() if how == "OK")
 
     def _submit(self, worker: str, name: str, *args: Any) -> Future:
         return self.client.submit(on_worker, name, *args, workers=[worker], allow_other_workers=False, pure=False, retries=0)
@@ -304,7 +311,9 @@ class Partition:
                 raise Stopped(self.control.run)
             self._pass_on_stop()
             if (now := time.monotonic()) - turn > STOOD_STILL_S:
-                self._sign_at, self._beats = self._sign_at and now, {}
+                self._beats.clear()
+                with self._signs:
+                    self._sign_at = None if self._sign_at is None else now
             turn = now
             limit_s = hangs_after_s if self._warm else COLD * hangs_after_s
             if (sign_at := self._sign_at) is not None and (silent_s := time.monotonic() - sign_at) > limit_s:

@@ -29,10 +29,18 @@ def blamed_on_device(region: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        first = error.__cause__ if isinstance(error.__cause__, Exception) else error
-        if not isinstance(first, DEVICE_FAULTS) and "CUDA error" not in str(first):  # as torch says it before 2.8
+        if (why := device_fault(error)) is None:
             raise
-        raise DeviceFailed(region, get_worker().address, f"{type(first).__name__}: {str(first).splitlines()[0]}") from error
+        raise DeviceFailed(region, get_worker().address, why) from error
+
+
+def device_fault(error: BaseException) -> str | None:
+    """What a device or the memory has to do with an error, or with what caused it."""
+    first = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    said = str(first).partition("\n")[0]
+    if isinstance(first, DEVICE_FAULTS) or any(words in said for words in ("CUDA error", "can't allocate memory")):
+        return f"{type(first).__name__}: {said}"
+    return None
 
 
 def take_seat(order: SeatOrder) -> SeatTaken:

@@ -12,6 +12,7 @@ from geotrain.errors import (
     JobError,
     NonFiniteLoss,
     Stopped,
+    WorkerLost,
 )
 from geotrain.members.replanner import Newcomer, workers_of
 from geotrain.metrics import add_sums, means
@@ -60,7 +61,8 @@ class Training(Seating):
                 if (cut_off := self.membership.cut_off(region)) is not None:
                     self.membership.lost(region, cut_off, self.round)
                 elif region in self.present:
-                    raise
+                    silent = WorkerLost(region, self.partitions[region].workers[0], "it heard nothing of this process and gave up")
+                    self.membership.lost(region, silent, self.round)
                 continue  # it was told to begin again
             except NonFiniteLoss as error:
                 self._trust_once_more(region, error)  # a bad machine may be the reason, or an optimizer that has lost its way
@@ -88,7 +90,7 @@ class Training(Seating):
         rounds = {part.round for part in done}
         hashes = {part.region: part.sha256[:12] for part in done}
         if len(rounds) != 1 or (isinstance(self.strategy, Merging) and len(set(hashes.values())) != 1):
-            self._roll_back(Diverged(max(rounds), hashes))
+            self._roll_back(Diverged(max(rounds), hashes), done)
             return False
         self._diverged = False
         self.round = rounds.pop()
@@ -125,22 +127,23 @@ class Training(Seating):
             self.folder.flush(must=False)
         return over
 
-    def _roll_back(self, error: Diverged) -> None:
+    def _roll_back(self, error: Diverged, parts: Sequence[SegmentDone]) -> None:
         """All take their seats anew, as of the last checkpoint; a second time before another is made the error is raised."""
         if self._diverged:
             raise error
         self._diverged = True
+        for part in parts:
+            self.accounts.add(part.region, part.traffic)  # for nothing, but it is paid for
         self.commits.settle(self._check_parts)
-        self._begin_again(error.message)
+        self._begin_again(error.message, trained=True)
 
-    def _begin_again(self, why: str) -> None:
-        """From the last checkpoint, wherever that is."""
+    def _begin_again(self, why: str, *, trained: bool) -> None:
+        """From the last checkpoint, wherever that is. `trained`: something came after it."""
         self._epoch = self.membership.roster.view.epoch + 1
         self._ticket += 1
         self._take_up_here()
-        last = self.commits.last
-        if last is None or last.round != self.round:
-            self.folder.event("rolled_back", round=self._rolled_back(last), why=why)
+        if trained:
+            self.folder.event("rolled_back", round=self._rolled_back(self.commits.last), why=why)
             self.folder.flush(must=False)
 
     def check_stop(self) -> None:
@@ -228,8 +231,9 @@ class Training(Seating):
         self.folder.event("lost_at_end", message=error.message, round=self.round)
         for region in self.present:
             self.partitions[region].abandon()
-        self._begin_again(error.message)
-        self.seats_change = False  # as in a resume: all must get their seats
+        last = self.commits.last
+        self._begin_again(error.message, trained=last is None or last.round != self.round)
+        self.seats_change = next(self.segments_left(), None) is not None  # else all must get their seats, as in a resume
         self._leave_behind()
         self._go_on()
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from geotrain.charge import ask
 from geotrain.errors import ClusterTooSmall, DeviceFailed, Diverged, QuorumLost, Stopped
 from geotrain.job import JobSpec
-from geotrain.partition.partition import CLIENT_ERRORS, Partition
+from geotrain.partition.partition import Partition
 from geotrain.report.folder import RunFolder
 from geotrain.report.ledger import ledger
 from geotrain.run import Run
@@ -173,9 +173,12 @@ def test_one_of_two_workers_is_killed_and_replaced_at_the_next_segment(
     tmp_path: Path, worker: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Worker 0 is the leader: the region goes on with another."""
-    monkeypatch.setattr("geotrain.plan.planner.LEAST_HANG_S", 3.0)
-    monkeypatch.setattr("geotrain.members.membership.REPLACED_S", 0.0)
-    job = job_of(tmp_path, "ma", regions=("north", "south"))
+    if hangs := number == signal.SIGSTOP:
+        monkeypatch.setattr("geotrain.plan.planner.LEAST_HANG_S", 3.0)
+    else:
+        monkeypatch.setattr("geotrain.members.membership.REPLACED_S", 0.0)
+    regions = ("north", "south", "west")[: 2 + hangs]  # two that go on take longer than one: it must come back in time
+    job = job_of(tmp_path, "ma", regions=regions, train={"batch_size": 10, "epochs": (1 + hangs) * EPOCHS, "seed": 3})
     tree = job.to_dict()
     tree["regions"][1]["devices"][0]["count"] = 2
     tree["schedule"]["allocate"] = "all"
@@ -183,8 +186,7 @@ def test_one_of_two_workers_is_killed_and_replaced_at_the_next_segment(
     conduct(run, in_mid_run(lambda run: os.kill(pid_of(run, "south", worker), number)))
     assert [event["region"] for event in events(run, "lost")] == ["south"]
     seated = [event["workers"] for event in events(run, "seated") if event["region"] == "south"]
-    assert seated in ([2, 1, 2], [2, 2]), "a worker that hangs is replaced before the region comes back"
-    assert number == signal.SIGSTOP or seated == [2, 1, 2]
+    assert seated == [2, 1, 2] or (hangs and seated == [2, 2]), "a worker that hangs may be replaced before the region comes back"
     assert ledger(run.folder)["balanced"]
 
 
@@ -195,16 +197,12 @@ def test_a_device_that_fails_costs_its_worker_and_not_the_run(tmp_path: Path, me
     run = Run.start(job_of(tmp_path, "ma", regions=("north", "south"), task_args={"lr": 0.01, "broken": str(broken)}))
 
     def fails(run: Run) -> None:
-        broken.write_text(str(pid_of(run, "south")))
-        while not mended and not events(run, "failed", "completed"):
-            with suppress(*CLIENT_ERRORS, KeyError):
-                broken.write_text(str(pid_of(run, "south")))
-            time.sleep(0.05)
+        broken.write_text(str(pid_of(run, "south")) if mended else "all")
 
     if not mended:
-        with pytest.raises(DeviceFailed, match="south.*OutOfMemoryError"):
+        with pytest.raises(DeviceFailed, match="OutOfMemoryError: CUDA out of memory"):
             conduct(run, in_mid_run(fails))
-        assert len(events(run, "lost")) == 1
+        assert {event["region"] for event in events(run, "lost")} == {"north", "south"}
         return
     conduct(run, in_mid_run(fails))
     (lost,) = events(run, "lost")
@@ -397,11 +395,13 @@ conduct(Run.start(load_job(sys.argv[1])))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.chaos)])
-def test_the_flow_is_killed_and_the_regions_end_their_segment_with_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(("number", "epochs"), [(signal.SIGKILL, EPOCHS), pytest.param(signal.SIGSTOP, 300, marks=pytest.mark.chaos)])
+def test_the_flow_is_killed_and_the_regions_end_their_segment_with_a_checkpoint(
+    tmp_path: Path, number: signal.Signals, epochs: int
+) -> None:
     """Or it stands still. On clusters that outlive it; those that it starts itself end with it."""
     with ExitStack() as stack:
-        tree = job_of(tmp_path, "ma", regions=("north", "south")).to_dict()
+        tree = job_of(tmp_path, "ma", regions=("north", "south"), train={"batch_size": 10, "epochs": epochs, "seed": 3}).to_dict()
         tree["schedule"]["segment_rounds"] = 10**6
         for region in tree["regions"]:
             cluster = LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0", silence_logs=logging.CRITICAL)
@@ -417,9 +417,9 @@ def test_the_flow_is_killed_and_the_regions_end_their_segment_with_a_checkpoint(
             flow.kill()
             flow.wait()
         resumed = Run.resume(folder)
-        assert 0 < resumed.round < EPOCHS * 10
+        assert 0 < resumed.round < epochs * 10
         summary = conduct(resumed)
-    assert summary["samples"] == EPOCHS * 400
+    assert summary["samples"] == epochs * 400
     assert ledger(folder)["balanced"], ledger(folder)
 
 
