@@ -16,17 +16,12 @@ from geotrain.errors import ClusterTooSmall, ClusterUnreachable, DeviceFailed, G
 from geotrain.job import JobSpec
 from geotrain.partition.calls import beside, on_worker
 from geotrain.partition.orders import Directory, Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder, topic
+from geotrain.partition.signs import Signs
 from geotrain.sync.messages import View
 
 POLL_S = 0.1
 WORKERS_CHECK_S = 2.0
 TELL_S = 5.0
-COLD = 10
-"""How much longer a seat's first round may take: it has what is slow once."""
-STOOD_STILL_S = 10.0
-"""Between two looks of the control plane: it is this process that made none, and what it has not heard in that time says nothing."""
-FROZEN_S = 120.0
-"""A worker whose process gives no sign of life for so long is lost, whatever it does."""
 REACH_S = 60.0
 SETTLE_S = 5.0
 """After a failure, how long the region's other workers get to say what happened to them."""
@@ -60,15 +55,7 @@ class Partition:
         self._unusable: set[str] = set()
         """Workers that hung, or are about to end."""
         self._telling: list[threading.Thread] = []
-        self._sign_at: float | None = None
-        """When the leader was last told to make steps, or gave a sign of it; None: it does something else."""
-        self._signs = threading.Lock()
-        self._lives: set[int] = set()
-        """Of the seats: what earlier ones still say is no sign."""
-        self._warm = False
-        """The leader has made a round since it took its seat: what is slow once is behind it."""
-        self._beats: dict[str, tuple[float, float]] = {}
-        """Worker -> its last heartbeat by the scheduler's clock, and by ours when we first saw that."""
+        self._signs = Signs()
         self._ticket: int | None = None
         """Of the segment under way that may still be asked to end early."""
         self._listen()
@@ -78,10 +65,7 @@ class Partition:
         return self.cluster.client
 
     def _heard(self, event: tuple[float, dict[str, Any]]) -> None:
-        with self._signs:
-            if "rounds" in event[1] and event[1]["life"] in self._lives and self._sign_at is not None:
-                self._sign_at = None if event[1].get("closing") else time.monotonic()
-                self._warm = self._warm or bool(event[1]["rounds"])
+        self._signs.heard(event[1])
         self._listener(self.region, event[1])
 
     def _listen(self) -> None:
@@ -158,11 +142,11 @@ class Partition:
 
     def take_seats(self, order: Callable[[int, int, str | None], SeatOrder]) -> SeatTaken:
         """Seat every worker; `order` makes the order for (rank, workers, rendezvous). Returns the leader's answer."""
-        rendezvous, self._warm, self._sign_at = None, False, None
+        rendezvous = None
         if len(self.workers) > 1:
             rendezvous = self._await([self._submit(self.workers[0], "meeting_point")], "choosing a port")[0]
         orders = [order(rank, len(self.workers), rendezvous) for rank in range(len(self.workers))]
-        self._lives = {order.life for order in orders}
+        self._signs.seated({order.life for order in orders})
         futures = [self._submit(worker, "take_seat", order) for worker, order in zip(self.workers, orders, strict=True)]
         leader: SeatTaken = self._await(futures, "building the model")[0]
         with suppress(*CLIENT_ERRORS):
@@ -174,7 +158,8 @@ class Partition:
 
         Raises TaskError, WorkerLost, WorkerHangs, WanError, OutputUnwritable, or Stopped when another region failed.
         """
-        self._ticket, self._sign_at = order.ticket, time.monotonic()
+        self._ticket = order.ticket
+        self._signs.begin()
         futures = [self._submit(worker, "train_segment", self.control.run, self.region, order) for worker in self.workers]
         done: SegmentDone = self._await(futures, f"segment {order.number}", hangs_after_s=hangs_after_s)[0]
         return done
@@ -240,7 +225,7 @@ class Partition:
         except CLIENT_ERRORS:
             return False
         leader = self.workers[0]
-        return leader in there and self._silent_s(leader, there[leader]) <= FROZEN_S
+        return leader in there and self._signs.no_beat_for(leader, there[leader]) is None
 
     def vacate(self) -> None:
         """Give up the seats, to take others."""
@@ -303,20 +288,14 @@ class Partition:
 
     def _await(self, futures: Sequence[Future], doing: str, workers: list[str] | None = None, hangs_after_s: float = math.inf) -> list[Any]:
         """The results, unless a worker is lost, the run is aborted, or one of them raises."""
-        checked = turn = time.monotonic()
+        checked = time.monotonic()
         while any(future.status == "pending" for future in futures) and all(future.status in ("pending", "finished") for future in futures):
             if self.control.abort.is_set():
                 self._tell("abort")
                 self._cancel(futures)
                 raise Stopped(self.control.run)
             self._pass_on_stop()
-            if (now := time.monotonic()) - turn > STOOD_STILL_S:
-                self._beats.clear()
-                with self._signs:
-                    self._sign_at = None if self._sign_at is None else now
-            turn = now
-            limit_s = hangs_after_s if self._warm else COLD * hangs_after_s
-            if (sign_at := self._sign_at) is not None and (silent_s := time.monotonic() - sign_at) > limit_s:
+            if (silent_s := self._signs.no_step_for(hangs_after_s)) is not None:
                 self._cancel(futures)
                 raise WorkerHangs(self.region, self.workers[0], silent_s)
             if time.monotonic() - checked > WORKERS_CHECK_S:
@@ -349,7 +328,7 @@ class Partition:
             if worker not in there:
                 self._cancel(futures)
                 raise WorkerLost(self.region, worker, doing)
-            if (silent_s := self._silent_s(worker, there[worker])) > FROZEN_S:
+            if (silent_s := self._signs.no_beat_for(worker, there[worker])) is not None:
                 self._cancel(futures)
                 raise WorkerHangs(self.region, worker, silent_s)
 
@@ -357,14 +336,6 @@ class Partition:
         """Worker -> its last heartbeat by the scheduler's clock. Raises what a client raises that has lost its scheduler."""
         known = self.client.sync(self.client.scheduler.identity, n_workers=-1)["workers"]
         return {address: worker["last_seen"] for address, worker in known.items()}
-
-    def _silent_s(self, worker: str, last_seen: float) -> float:
-        """Since its last heartbeat, or our first look."""
-        beat, since = self._beats.get(worker, (math.nan, 0.0))
-        if beat != last_seen:
-            since = time.monotonic()
-            self._beats[worker] = last_seen, since
-        return time.monotonic() - since
 
     def _why(self, futures: Sequence[Future], workers: list[str], doing: str) -> BaseException:
         """The best explanation among what the workers raised: ours before torch's, torch's before a bare loss."""

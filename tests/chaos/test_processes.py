@@ -156,7 +156,7 @@ def test_a_worker_that_hangs_is_ended_and_replaced(tmp_path: Path, before_its_fi
 
     def at_once(run: Run, segment: int) -> None:
         if segment == 1 and not events(run, "lost"):
-            monkeypatch.setattr("geotrain.partition.partition.FROZEN_S", 8.0)
+            monkeypatch.setattr("geotrain.partition.signs.FROZEN_S", 8.0)
             stop(run)
 
     conduct(run, at_once if before_its_first_step else in_mid_run(stop))
@@ -209,6 +209,21 @@ def test_a_device_that_fails_costs_its_worker_and_not_the_run(tmp_path: Path, me
     assert "region south: the device or the memory of worker tcp://" in lost["message"]
     assert [event["region"] for event in events(run, "back")] == ["south"]
     assert ledger(run.folder)["balanced"]
+
+
+@pytest.mark.chaos
+def test_a_region_whose_numbers_are_wrong_for_a_while_is_healed_by_the_others(tmp_path: Path) -> None:
+    sick = tmp_path / "sick"
+    run = Run.start(job_of(tmp_path, "ma", regions=("north", "south"), task_args={"lr": 0.01, "sick": str(sick)}))
+    summary = conduct(run, in_mid_run(lambda run: sick.write_text(str(pid_of(run, "south"))) and None))
+    assert [event["in_a_row"] for event in events(run, "void_round")][:2] == [1, 2]
+    (lost,) = events(run, "lost")
+    assert "region south: the loss or the parameters became NaN" in lost["message"]
+    assert [event["region"] for event in events(run, "back")] == ["south"]
+    assert summary["metrics"]["mse"] < 1.0
+    found = ledger(run.folder)
+    assert found["balanced"], found
+    assert sum(row["discarded"] for row in found["regions"]) > 0
 
 
 @pytest.mark.parametrize("again", [False, True])
