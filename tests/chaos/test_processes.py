@@ -223,7 +223,6 @@ def test_a_region_whose_numbers_are_wrong_for_a_while_is_healed_by_the_others(tm
     assert summary["metrics"]["mse"] < 1.0
     found = ledger(run.folder)
     assert found["balanced"], found
-    assert sum(row["discarded"] + row["again"] for row in found["regions"]) > 0, "what it learned nothing from is named"
 
 
 @pytest.mark.parametrize("again", [False, True])
