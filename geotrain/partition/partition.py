@@ -248,7 +248,8 @@ class Partition:
     def _take_back(self, workers: list[str]) -> None:
         words = "leave", self.control.run, self.region
         with suppress(*CLIENT_ERRORS):
-            workers = [worker for worker in workers if worker in self.client.nthreads()]  # a dead one would be tried for half a minute
+            there = self.client.nthreads()
+            workers = [worker for worker in workers if worker in there]  # a dead one would be tried for half a minute
             self.client.sync(self.client._run, on_worker, *words, workers=workers, on_error="ignore", callback_timeout=REACH_S)
 
     def leave(self) -> None:

@@ -30,7 +30,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, flat: FlatModel, tens
     """Give an optimizer, fresh from the task, the slots that it had. Step counters stay on the CPU, as torch keeps them."""
     parameters = dict(flat.model.named_parameters())
     slots = {key: value for key, value in facts.items() if key != "groups"}
-    for group, numbers in zip(optimizer.param_groups, facts["groups"], strict=False):
+    for group, numbers in zip(optimizer.param_groups, facts.get("groups", ()), strict=False):
         group.update(numbers)
     for key, value in {**tensors, **slots}.items():
         name, _, slot = key.rpartition("/")

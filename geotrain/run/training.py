@@ -223,7 +223,7 @@ class Training(Seating):
     def end_again(self, error: ClusterError) -> None:
         """A worker was lost after the last segment: all take their seats anew, as of the last checkpoint.
 
-        Raises the error where this is not the first time, Stopped.
+        Raises the error when the end has been begun `MOST_ENDS` times, and Stopped.
         """
         self._ends += 1
         if self._ends == MOST_ENDS:
