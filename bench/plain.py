@@ -4,26 +4,35 @@ The batches are those that geotrain takes: the same leases in the same order, re
 tensors beforehand too; without it the loop makes its tensors, as a script does that has no other thread for it.
 """
 
+import functools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from geotrain.data.batches import Reader, record_batches
 from geotrain.data.inventory import take_inventory
 from geotrain.data.leases import LeaseBook
-from geotrain.job import JobSpec, load_job
+from geotrain.job import JobSpec, RegionSpec, load_job
 from geotrain.task import TrainingTask, load_task
 
 
-def rows_of(job: JobSpec, task: TrainingTask, epoch: int) -> list[Any]:
-    region = job.regions[0]
-    found = take_inventory(region, region.data.train, task.columns)
-    book = LeaseBook(found.row_groups(), seed=job.train.seed, epoch=epoch, workers=1, mix=job.train.mix_row_groups)
-    return list(record_batches(book, 0, job.train.batch_size, Reader(region, list(task.columns)).read))
+def epochs_of(
+    job: JobSpec, task: TrainingTask, regions: Sequence[RegionSpec], worker: int = 0, workers: int = 1
+) -> Callable[[int], list[pa.RecordBatch]]:
+    """Epoch -> the batches of one worker of so many that share the rows of these regions; the files are read once."""
+    groups = [group for region in regions for group in take_inventory(region, region.data.train, task.columns).row_groups()]
+    read = functools.cache(Reader(regions[0], list(task.columns)).read)
+
+    def batches(epoch: int) -> list[pa.RecordBatch]:
+        book = LeaseBook(groups, seed=job.train.seed, epoch=epoch, workers=workers, mix=job.train.mix_row_groups)
+        return list(record_batches(book, worker, job.train.batch_size, read))
+
+    return batches
 
 
 def main() -> None:
@@ -34,7 +43,8 @@ def main() -> None:
     model = task.model()
     optimizer = task.optimizer(model.parameters())
     model.train()
-    epochs = [rows_of(job, task, epoch) for epoch in range(int(job.train.epochs or 1))]
+    rows_of = epochs_of(job, task, job.regions[:1])
+    epochs: list[list[Any]] = [[*rows_of(epoch)] for epoch in range(int(job.train.epochs or 1))]
     make: Callable[[Any], Any] = task.batch
     if "--ready" in sys.argv:
         epochs, make = [[task.batch(rows) for rows in epoch] for epoch in epochs], lambda batch: batch

@@ -26,6 +26,7 @@
     │   ├── CannotListen
     │   ├── UpdateRefused
     │   ├── UpdateUnusable                 what a region sent cannot be decoded
+    │   ├── StateDamaged                   what a region was brought up to date with is not what another had
     │   ├── BadCertificate
     │   ├── MailboxUnusable
     │   └── Diverged                       replicas that must be equal are not
@@ -210,6 +211,12 @@ class UpdateUnusable(WanError):
     fields = ("origin", "round", "detail")
     says = "the update of region {origin} for round {round} cannot be read: {detail}"
     remedy = "look at {origin}'s machine and its version of geotrain: what it sent arrived as it sent it"
+
+
+class StateDamaged(WanError):
+    fields = ("origin", "round")
+    says = "the parameters of round {round} that region {origin} gave to another arrived with another SHA-256 than they left with"
+    remedy = "test the memory of {origin}'s machine and of the one that asked; `geotrain resume` continues from the last checkpoint"
 
 
 class BadCertificate(WanError):

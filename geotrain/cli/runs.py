@@ -137,14 +137,22 @@ def status(
 def report(
     run: RunId,
     ledger: Annotated[bool, typer.Option("--ledger", help="What became of every row of every epoch, instead.")] = False,
+    rows: Annotated[
+        Path | None,
+        typer.Option(
+            "--rows", help="With --ledger: name every row of a round that did not count (file, row group, row; why) in this Parquet file."
+        ),
+    ] = None,
     runs: Runs = "runs",
     shape: Shape = Format.text,
 ) -> None:
     """Predicted against measured, and where the page is."""
     with answering(shape):
         folder = RunFolder.find(run, runs)
+        if rows and not ledger:
+            raise JobError("--rows goes with --ledger")
         if ledger:
-            _show_ledger(folder, shape)
+            _show_ledger(folder, rows, shape)
             return
         summary = folder.read_json("summary.json")
         if shape is Format.json:
@@ -161,10 +169,12 @@ def report(
         answers.print(f"page: {folder.url}/report.html")
 
 
-def _show_ledger(folder: RunFolder, shape: Format) -> None:
-    from geotrain.report.ledger import ledger
+def _show_ledger(folder: RunFolder, rows: Path | None, shape: Format) -> None:
+    from geotrain.report.ledger import ledger, write_spent_rows
 
     found = ledger(folder)
+    if rows:
+        found["rows_written"] = write_spent_rows(folder, rows)
     if shape is Format.json:
         envelope("ok" if found["balanced"] else "error", 0 if found["balanced"] else 1, data=found)
     else:
@@ -172,6 +182,10 @@ def _show_ledger(folder: RunFolder, shape: Format) -> None:
 
         for part in ledger_tables(found):
             answers.print(part)
+        if rows:
+            answers.print(f"{found['rows_written']} rows of rounds that did not count are named in {rows}", markup=False)
+        elif any(row["again"] or row["discarded"] for row in found["regions"]):
+            people.print(f"next: geotrain report {folder.run} --ledger --rows rows.parquet  names these rows", style="cyan")
     if not found["balanced"]:
         raise SystemExit(1)
 

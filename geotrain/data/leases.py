@@ -42,6 +42,11 @@ class Window:
         return np.random.default_rng(self.seed).permutation(labels)
 
 
+def permuted(rows: int, *, seed: int, epoch: int, group: int) -> NDArray[np.int64]:
+    """[rows] row numbers inside row group number `group`, in the order in which an epoch trains on them."""
+    return np.random.default_rng((seed, epoch, 3, group)).permutation(rows)
+
+
 class LeaseBook:
     """The rows of one region in one epoch."""
 
@@ -74,8 +79,8 @@ class LeaseBook:
 
     def permutation(self, lease: Lease) -> NDArray[np.int64]:
         """[lease.rows] row numbers inside the group, in the order in which they are trained on."""
-        rng = np.random.default_rng((self.seed, self.epoch, 3, lease.group))
-        return rng.permutation(self.groups[lease.group].rows)[lease.start :]
+        rows = self.groups[lease.group].rows
+        return permuted(rows, seed=self.seed, epoch=self.epoch, group=lease.group)[lease.start :]
 
     def steps(self, batch_size: int) -> int:
         """Inner steps that the leases now out take: those of the worker with the most rows."""

@@ -1,17 +1,18 @@
 """The ledger: from what every seat of a region trained on, which rows counted how often, epoch by epoch. Pure.
 
-Leases are deterministic, so a seat's beginning and its rounds' inner steps name every row.
+Leases are deterministic, so a seat's beginning and its rounds' inner steps name every row. A position is a row's place in its epoch: the
+region's row groups laid end to end, each in its permutation of that epoch.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from geotrain.data.inventory import RowGroup
-from geotrain.data.leases import LeaseBook
+from geotrain.data.leases import LeaseBook, permuted
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,18 @@ class Seating:
 
 
 @dataclass(frozen=True, slots=True)
+class Spent:
+    """Rows that were trained on in a round that did not count."""
+
+    round: int
+    why: Literal["lost", "void"]
+    """The round was lost with a seat; or it ended in a NaN or an infinity."""
+    positions: NDArray[np.int64]
+    again: NDArray[np.bool_]
+    """[positions] those that counted in another round: trained again."""
+
+
+@dataclass(frozen=True, slots=True)
 class EpochOfRows:
     """One region's rows in one epoch."""
 
@@ -46,14 +59,25 @@ class EpochOfRows:
     """Rows in committed rounds."""
     more_than_once: int
     """Of those, in more than one."""
-    void: int
-    """Rows of rounds that were not committed: trained on for nothing."""
-    again: tuple[int, ...]
-    """The rounds of these."""
-    discarded: int
-    """Rows of rounds that ended in a NaN or an infinity."""
+    spent: tuple[Spent, ...]
     away: bool
     """The region was away for some rounds: rows that it then did not come to are not made up."""
+
+    @property
+    def again(self) -> int:
+        """Rows of rounds that did not count and were trained again; one twice lost is two."""
+        return sum(int(spent.again.sum()) for spent in self.spent)
+
+    @property
+    def rounds_again(self) -> list[int]:
+        """The rounds of these."""
+        return sorted({spent.round for spent in self.spent if spent.again.any()})
+
+    @property
+    def discarded(self) -> int:
+        """Rows that counted in no round, for theirs ended in a NaN or an infinity."""
+        left_out = [spent.positions[~spent.again] for spent in self.spent if spent.why == "void"]
+        return int(np.unique(np.concatenate(left_out)).size) if left_out else 0
 
     @property
     def never(self) -> int:
@@ -64,9 +88,7 @@ def account(groups: Sequence[RowGroup], seatings: Sequence[Seating], *, seed: in
     """What became of a region's rows. A round counts unless the region's next seat begins at or before it, or the seat took it again."""
     rows = sum(group.rows for group in groups)
     counts: dict[int, NDArray[np.int32]] = {}
-    void: dict[int, int] = {}
-    again: dict[int, set[int]] = {}
-    discarded: dict[int, int] = {}
+    spent: dict[int, list[tuple[int, Literal["lost", "void"], NDArray[np.int64]]]] = {}
     away = set(range(seatings[0].cursor["epoch"])) if seatings else set()
     """Epochs, to begin with those before the region came."""
     end = 0
@@ -81,13 +103,11 @@ def account(groups: Sequence[RowGroup], seatings: Sequence[Seating], *, seed: in
             expected, last, end = record.round + 1, record.epoch, max(end, record.epoch)
             for epoch, positions in taken.of(record):
                 counts.setdefault(epoch, np.zeros(rows, dtype=np.int32))
-                if record.void and (until is None or record.round < until):
-                    discarded[epoch] = discarded.get(epoch, 0) + positions.size
-                elif record is newest[record.round] and (until is None or record.round < until):
+                stands = record is newest[record.round] and (until is None or record.round < until)
+                if stands and not record.void:
                     np.add.at(counts[epoch], positions, 1)
                 elif positions.size:
-                    void[epoch] = void.get(epoch, 0) + positions.size
-                    again.setdefault(epoch, set()).add(record.round)
+                    spent.setdefault(epoch, []).append((record.round, "void" if record.void else "lost", positions))
     found = []
     for epoch in range(end + 1 if counts else 0):
         count = counts.get(epoch, np.zeros(rows, dtype=np.int32))
@@ -97,21 +117,36 @@ def account(groups: Sequence[RowGroup], seatings: Sequence[Seating], *, seed: in
                 rows=rows,
                 counted=int((count > 0).sum()),
                 more_than_once=int((count > 1).sum()),
-                void=void.get(epoch, 0),
-                again=tuple(sorted(again.get(epoch, ()))),
-                discarded=discarded.get(epoch, 0),
+                spent=tuple(Spent(round, why, positions, count[positions] > 0) for round, why, positions in spent.get(epoch, ())),
                 away=epoch in away,
             )
         )
     return found
 
 
+def named(
+    groups: Sequence[RowGroup], positions: NDArray[np.int64], *, seed: int, epoch: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """([positions] the number of the row group that each is in, [positions] its row there), for positions of an epoch."""
+    starts = _starts(groups)
+    inside = np.searchsorted(starts, positions, side="right") - 1
+    rows = np.empty_like(positions)
+    for number in np.unique(inside).tolist():
+        here = inside == number
+        rows[here] = permuted(groups[number].rows, seed=seed, epoch=epoch, group=number)[positions[here] - starts[number]]
+    return inside, rows
+
+
+def _starts(groups: Sequence[RowGroup]) -> NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum([group.rows for group in groups])]).astype(np.int64)
+
+
 class _Rows:
-    """Which rows the inner steps of a seat took, as positions in the region's row groups laid end to end, each in its permutation."""
+    """Which rows the inner steps of a seat took, as positions."""
 
     def __init__(self, groups: Sequence[RowGroup], cursor: dict[str, Any], seed: int, mix: int, batch_size: int) -> None:
         self.groups, self.cursor, self.seed, self.mix, self.batch_size = groups, cursor, seed, mix, batch_size
-        self.starts = np.concatenate([[0], np.cumsum([group.rows for group in groups])])
+        self.starts = _starts(groups)
         self._streams: dict[int, tuple[LeaseBook, list[NDArray[np.int64]]]] = {}
 
     def of(self, record: RoundOfRows) -> Iterator[tuple[int, NDArray[np.int64]]]:

@@ -1,5 +1,6 @@
 """The parameter server: carries out the RoundMachine's instructions with a replica and a transport, in the training thread."""
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import Any, assert_never
 import torch
 from torch import Tensor
 
-from geotrain.errors import UpdateUnusable
+from geotrain.errors import StateDamaged, UpdateUnusable
 from geotrain.partition.group import Directive
 from geotrain.sync.machine import RoundMachine
 from geotrain.sync.messages import (
@@ -47,6 +48,7 @@ from geotrain.wan.transport import Delivery, Transport
 
 POLL_S = 0.1
 DRAIN_S = 30.0
+DIGEST = hashlib.sha256().digest_size
 
 
 @dataclass(slots=True)
@@ -95,6 +97,24 @@ def _naming(update: Update) -> Iterator[None]:
         yield
     except ValueError as error:
         raise UpdateUnusable(update.origin, update.round, str(error)) from error
+
+
+def _with_hash(payload: Tensor) -> Tensor:
+    """What a region goes on from in place of its own numbers ends with its SHA-256."""
+    return torch.cat([payload, torch.frombuffer(bytearray(_digest(payload)), dtype=torch.uint8)])
+
+
+def _verified(update: Update, payload: Tensor) -> Tensor:
+    """The payload without its hash. Raises StateDamaged."""
+    numbers, digest = payload[:-DIGEST], payload[-DIGEST:]
+    if _digest(numbers) != digest.numpy().tobytes():
+        raise StateDamaged(update.origin, update.round)
+    return numbers
+
+
+def _digest(payload: Tensor) -> bytes:
+    numbers: Any = payload.numpy()
+    return hashlib.sha256(numbers).digest()
 
 
 @dataclass
@@ -261,7 +281,8 @@ class ParameterServer:
                     spent.append(update)
             case Apply(update, weight):
                 with _naming(update):
-                    self.replica.apply(update, self._payloads.pop(update.key), weight)
+                    payload = self._payloads.pop(update.key)
+                    self.replica.apply(update, _verified(update, payload) if update.kind is Kind.AGREED else payload, weight)
                 self._changed = True
                 for region in update.members if update.kind is Kind.MERGED else (update.origin,) if update.kind is Kind.PUSH else ():
                     self.settled[region] = max(self.settled.get(region, 0), update.round + 1)
@@ -274,7 +295,7 @@ class ParameterServer:
                 self._payloads[new.key] = self._payloads.pop(old.key)
             case Adopt(update):
                 with _naming(update):
-                    self.replica.adopt(self._payloads.pop(update.key))
+                    self.replica.adopt(_verified(update, self._payloads.pop(update.key)))
                 self._changed = True
                 self.event("healed", {"round": update.round, "by": update.origin})
             case ViewBegins():
@@ -299,13 +320,14 @@ class ParameterServer:
             case Kind.HELLO:
                 return torch.empty(0, dtype=torch.uint8)
             case Kind.STATE:
-                return self.replica.share()
+                return _with_hash(self.replica.share())
             case _:
                 return self._payloads[update.key]
 
     def _merge(self, update: Update, contributions: tuple[Update, ...]) -> None:
         parts = [(part, self._payloads[part.key]) for part in contributions]
-        self._payloads[update.key], suspects = self.replica.merge(update, parts)
+        merged, suspects = self.replica.merge(update, parts)
+        self._payloads[update.key] = _with_hash(merged) if update.kind is Kind.AGREED else merged
         for part in contributions:
             if part.origin != self.region or part.kind is Kind.REPLICA:  # a contribution of its own is kept until it is settled
                 del self._payloads[part.key]

@@ -1,11 +1,29 @@
 """What a run's folder proves of its data: every row of every epoch in exactly one committed round, or what came in between."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from geotrain.data.inventory import Inventory
-from geotrain.data.ledger import RoundOfRows, Seating, account
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from geotrain.data.inventory import Inventory, RowGroup
+from geotrain.data.ledger import EpochOfRows, RoundOfRows, Seating, account, named
 from geotrain.report.folder import RunFolder
+
+SPENT = pa.schema(
+    [
+        ("region", pa.string()),
+        ("epoch", pa.int64()),
+        ("round", pa.int64()),
+        ("why", pa.string()),
+        ("again", pa.bool_()),
+        ("file", pa.string()),
+        ("row_group", pa.int64()),
+        ("row", pa.int64()),
+    ]
+)
 
 
 def ledger(folder: RunFolder) -> dict[str, Any]:
@@ -14,23 +32,8 @@ def ledger(folder: RunFolder) -> dict[str, Any]:
     Balanced: no row counts twice in an epoch, and every row of a finished epoch counts once, but for those of rounds for which the
     region was away, or that ended in a NaN. Raises NothingToResume for a run that trained nothing.
     """
-    job, inventories = folder.job(), folder.read_json("inventory.json")
-    seatings: dict[str, dict[int, Seating]] = {}
-    why: list[dict[str, Any]] = []
-    for event in folder.lines("events.jsonl"):
-        if event["event"] == "seated":
-            seatings.setdefault(event["region"], {})[event["life"]] = Seating(event["cursor"], event["round"])
-        elif event["event"] in ("lost", "rolled_back", "resumed"):
-            why.append(event)
-    for record in folder.lines("rounds.jsonl"):
-        seating = seatings[record["region"]][record["life"]]
-        void = bool(record["steps"]) and not record["samples"]
-        seating.rounds.append(RoundOfRows(record["round"], record["epoch"], record["done"], record["steps"], void))
     regions = []
-    for region, lives in sorted(seatings.items()):
-        groups = Inventory.from_dict(inventories[region][0]).row_groups()
-        settings: Mapping[str, int] = {"seed": job.train.seed, "mix": job.train.mix_row_groups, "batch_size": job.train.batch_size}
-        epochs = account(groups, [lives[life] for life in sorted(lives)], **settings)
+    for region, _, epochs in _accounts(folder):
         for one in epochs:
             finished = one.epoch < epochs[-1].epoch
             kind = "away" if one.away else "never" if finished else "to_come"
@@ -46,9 +49,49 @@ def ledger(folder: RunFolder) -> dict[str, Any]:
                     "to_come": 0,
                     kind: one.never,
                     "discarded": one.discarded,
-                    "again": one.void,
-                    "rounds_again": list(one.again),
+                    "again": one.again,
+                    "rounds_again": one.rounds_again,
                 }
             )
+    why = [event for event in folder.lines("events.jsonl") if event["event"] in ("lost", "lost_at_end", "rolled_back", "resumed")]
     balanced = all(not row["more_than_once"] and not row["never"] for row in regions)
     return {"run": folder.run, "balanced": balanced, "regions": regions, "why": why}
+
+
+def write_spent_rows(folder: RunFolder, path: Path) -> int:
+    """Name every row that was trained on in a round that did not count, in a Parquet file with the columns of SPENT; returns how many.
+
+    `why`: the round was `lost` with a worker, or is `void` for it ended in a NaN; `again`: it was trained again, in a round that counted.
+    `row`: counted from the beginning of its row group. Raises NothingToResume for a run that trained nothing.
+    """
+    seed, written = folder.job().train.seed, 0
+    with pq.ParquetWriter(path, SPENT) as file:
+        for region, groups, epochs in _accounts(folder):
+            files, indices = np.array([group.uri for group in groups]), np.array([group.index for group in groups])
+            for one in epochs:
+                for spent in one.spent:
+                    numbers, rows = named(groups, spent.positions, seed=seed, epoch=one.epoch)
+                    same = {"region": region, "epoch": one.epoch, "round": spent.round, "why": spent.why}
+                    columns = {name: pa.repeat(value, rows.size) for name, value in same.items()}
+                    columns |= {"again": spent.again, "file": files[numbers], "row_group": indices[numbers], "row": rows}
+                    file.write_table(pa.table(columns, schema=SPENT))
+                    written += rows.size
+    return written
+
+
+def _accounts(folder: RunFolder) -> Iterator[tuple[str, tuple[RowGroup, ...], list[EpochOfRows]]]:
+    """For every region its row groups, and what became of them in every epoch."""
+    job, inventories = folder.job(), folder.read_json("inventory.json")
+    seatings: dict[str, dict[int, Seating]] = {}
+    for event in folder.lines("events.jsonl"):
+        if event["event"] == "seated":
+            seatings.setdefault(event["region"], {})[event["life"]] = Seating(event["cursor"], event["round"])
+    for record in folder.lines("rounds.jsonl"):
+        void = bool(record["steps"]) and not record["samples"]
+        taken = RoundOfRows(record["round"], record["epoch"], record["done"], record["steps"], void)
+        seatings[record["region"]][record["life"]].rounds.append(taken)
+    train = job.train
+    for region, lives in sorted(seatings.items()):
+        groups = tuple(Inventory.from_dict(inventories[region][0]).row_groups())
+        seats = [lives[life] for life in sorted(lives)]
+        yield region, groups, account(groups, seats, seed=train.seed, mix=train.mix_row_groups, batch_size=train.batch_size)

@@ -67,7 +67,12 @@ def ledger_tables(found: Mapping[str, Any]) -> list[RenderableType]:
                 which = f"epoch {epochs[0]['epoch']}" + (f" to {epochs[-1]['epoch']}, each" if len(epochs) > 1 else "")
                 again = sorted({round for row in epochs for round in row["rounds_again"]})
                 odd.append(Text(f"{region}, {which}: {', '.join(same[0])}  {_rounds_of(again)}".rstrip()))
-    words = {"lost": "{region} was lost: {message}", "rolled_back": "back to round {round}: {why}", "resumed": "resumed at round {round}"}
+    words = {
+        "lost": "{region} was lost: {message}",
+        "lost_at_end": "after the last segment: {message}",
+        "rolled_back": "back to round {round}: {why}",
+        "resumed": "resumed at round {round}",
+    }
     why = [Text(words[event["event"]].format(**event), style="dim") for event in found["why"]]
     verdict = "balanced: every row once, or why not is said above" if found["balanced"] else "NOT balanced: rows counted twice, or never"
     explained = Text(

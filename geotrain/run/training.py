@@ -11,6 +11,7 @@ from geotrain.errors import (
     GeotrainError,
     JobError,
     NonFiniteLoss,
+    StateDamaged,
     Stopped,
     WorkerLost,
 )
@@ -64,7 +65,7 @@ class Training(Seating):
                     silent = WorkerLost(region, self.partitions[region].workers[0], "it heard nothing of this process and gave up")
                     self.membership.lost(region, silent, self.round)
                 continue  # it was told to begin again
-            except NonFiniteLoss as error:
+            except (NonFiniteLoss, StateDamaged) as error:
                 self._trust_once_more(region, error)  # a bad machine may be the reason, or an optimizer that has lost its way
                 self.membership.lost(region, error, self.round)
                 continue

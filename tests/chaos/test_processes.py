@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from distributed import LocalCluster
@@ -25,7 +26,7 @@ from geotrain.errors import ClusterTooSmall, DeviceFailed, Diverged, QuorumLost,
 from geotrain.job import JobSpec
 from geotrain.partition.partition import Partition
 from geotrain.report.folder import RunFolder
-from geotrain.report.ledger import ledger
+from geotrain.report.ledger import ledger, write_spent_rows
 from geotrain.run import Run
 from tests.making import conduct, points_job
 from tests.s3 import free_port
@@ -304,6 +305,10 @@ def test_all_regions_lost_at_once_go_on_from_the_last_checkpoint(tmp_path: Path)
     again = [row for row in found["regions"] if row["again"]]
     assert {row["region"] for row in again} == {"north", "south"}
     assert min(min(row["rounds_again"]) for row in again) == back["round"]
+    write_spent_rows(run.folder, tmp_path / "rows.parquet")
+    rows = pq.read_table(tmp_path / "rows.parquet", filters=[("again", "=", True)])
+    assert rows.num_rows == sum(row["again"] for row in again)
+    assert all(Path(row["file"]).is_relative_to(tmp_path / row["region"] / "train") for row in rows.to_pylist())
     assert summary["samples"] == EPOCHS * 400
 
 

@@ -68,6 +68,8 @@ def test_the_starter_runs_as_it_is_and_everything_can_be_asked_afterwards(mine: 
     assert (state["status"], state["round"], state["resumable"]) == ("completed", summary["rounds"], False)
     assert call("report", run, "--runs", runs)["data"] == summary
     assert call("report", run, "--runs", runs, "--ledger")["data"]["balanced"]
+    assert call("report", run, "--runs", runs, "--ledger", "--rows", str(tmp_path / "rows.parquet"))["data"]["rows_written"] == 0
+    assert call("report", run, "--runs", runs, "--rows", "rows.parquet", expect=2)["error"]["message"] == "--rows goes with --ledger"
     error = call("resume", run, "--runs", runs, expect=7)["error"]
     assert error["type"] == "NothingToResume"
     assert call("resume", "absent", "--runs", runs, expect=7)["error"]["type"] == "RunNotFound"

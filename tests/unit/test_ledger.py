@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
+from geotrain.data.batches import record_batches
 from geotrain.data.inventory import RowGroup
 from geotrain.data.leases import LeaseBook
-from geotrain.data.ledger import EpochOfRows, RoundOfRows, Seating, account
+from geotrain.data.ledger import EpochOfRows, RoundOfRows, Seating, account, named
 
 GROUPS = tuple(RowGroup(f"file-{number}", 0, rows) for number, rows in enumerate((30, 17, 40, 13)))
 SETTINGS: dict[str, Any] = {"seed": 5, "mix": 2, "batch_size": 10}
@@ -22,7 +24,7 @@ def rounds(first: int, last: int, steps: int = 5, of: int = 10) -> list[RoundOfR
 
 
 def sums(found: list[EpochOfRows]) -> list[tuple[int, int, int, int]]:
-    return [(one.counted, one.more_than_once, one.never, one.void) for one in found]
+    return [(one.counted, one.more_than_once, one.never, one.again) for one in found]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -38,7 +40,7 @@ def test_rounds_lost_with_a_seat_are_void_and_trained_again() -> None:
     after = Seating({**cursor(1), "used": [50]}, 3, rounds(3, 6))
     found = account(GROUPS, [before, after], **SETTINGS)
     assert sums(found) == [(100, 0, 0, 0), (100, 0, 0, 50), (100, 0, 0, 50)]
-    assert [one.again for one in found] == [(), (3,), (4,)]
+    assert [one.rounds_again for one in found] == [[], [3], [4]]
 
 
 def test_a_round_that_a_seat_took_again_counts_once() -> None:
@@ -46,7 +48,7 @@ def test_a_round_that_a_seat_took_again_counts_once() -> None:
         GROUPS, [Seating(cursor(), 0, [RoundOfRows(0, 0, 5, 5), RoundOfRows(0, 0, 5, 5), RoundOfRows(1, 0, 10, 5)])], **SETTINGS
     )
     assert sums(found) == [(100, 0, 0, 50)]
-    assert found[0].again == (0,)
+    assert found[0].rounds_again == [0]
 
 
 def test_a_round_trained_twice_is_found() -> None:
@@ -84,7 +86,35 @@ def test_steps_owed_from_the_epoch_before_belong_to_it() -> None:
 
 def test_a_round_that_ended_in_a_nan_is_discarded() -> None:
     found = account(GROUPS, [Seating(cursor(), 0, [RoundOfRows(0, 0, 5, 5, void=True), RoundOfRows(1, 0, 10, 5)])], **SETTINGS)
-    assert [(one.counted, one.discarded, one.never) for one in found] == [(50, 50, 0)]
+    assert [(one.counted, one.discarded, one.never, one.again) for one in found] == [(50, 50, 0, 0)]
+
+
+def test_what_ended_in_a_nan_and_was_lost_with_its_seat_is_trained_again() -> None:
+    before = Seating(cursor(), 0, [RoundOfRows(0, 0, 5, 5), RoundOfRows(1, 0, 10, 5, void=True)])
+    after = Seating({**cursor(), "used": [50]}, 2, [RoundOfRows(2, 0, 10, 5)])
+    found = account(GROUPS, [before, after], **SETTINGS)
+    assert [(one.counted, one.discarded, one.never, one.again) for one in found] == [(100, 0, 0, 50)]
+    assert [spent.why for spent in found[0].spent] == ["void"]
+
+
+def test_what_was_lost_and_never_made_up_is_not_called_trained_again() -> None:
+    found = account(GROUPS, [Seating(cursor(), 0, rounds(0, 2)), Seating({**cursor(), "used": [100]}, 1, rounds(2, 4))], **SETTINGS)
+    assert [(one.counted, one.never, one.again) for one in found] == [(50, 50, 0), (100, 0, 0)]
+
+
+def test_the_rows_that_were_trained_again_are_named() -> None:
+    """As the reader of the batches takes them: every row says where it is from."""
+    before, after = Seating(cursor(), 0, rounds(0, 2)), Seating(cursor(), 0, rounds(0, 2))
+    (found,) = account(GROUPS, [before, after], **SETTINGS)
+
+    def read(group: RowGroup) -> pa.Table:
+        return pa.table({"file": [group.uri] * group.rows, "row": range(group.rows)})
+
+    book = LeaseBook(GROUPS, seed=5, epoch=0, workers=1, mix=2)
+    trained = [(row["file"], row["row"]) for batch in record_batches(book, 0, 10, read) for row in batch.to_pylist()]
+    for half, spent in enumerate(found.spent):
+        numbers, rows = named(GROUPS, spent.positions, seed=5, epoch=0)
+        assert [(GROUPS[n].uri, row) for n, row in zip(numbers, rows.tolist(), strict=True)] == trained[half * 50 :][:50]
 
 
 def test_the_epochs_before_a_region_came_are_not_missed() -> None:

@@ -3,8 +3,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from geotrain.sync.messages import SegmentBegins
+from geotrain.errors import StateDamaged
+from geotrain.sync.messages import Adopt, Apply, Kind, Merge, Produce, SegmentBegins, Send, Update
 from geotrain.sync.strategy import Merging, Pushing
 from tests.world import World
 
@@ -46,6 +48,31 @@ def test_a_round_that_went_wrong_is_void_and_the_next_begins_where_it_began(stra
     assert told == [("void_round", {"round": 0, "in_a_row": 1})]
     assert torch.equal(server.replica.local, before)
     assert [(record.samples, record.steps) for record in closed] == [(0, 2)], "counts for nothing"
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("kind", [Kind.STATE, Kind.AGREED])
+def test_what_a_region_is_brought_up_to_date_with_is_verified_by_its_hash(kind: Kind, damaged: bool) -> None:
+    world = begun(Merging(every=2) if kind is Kind.STATE else Pushing("delta", 2, 1))
+    giver, taker = (world.nodes[name].server for name in ("lima", "oslo"))
+    sent: list[Tensor] = []
+    giver.transport.send = lambda to, update, payload: sent.append(payload)  # type: ignore[method-assign]
+    update, own = Update(kind, 1, "lima", 0), Update(Kind.REPLICA, 1, "lima", 0, samples=1)
+    if kind is Kind.AGREED:
+        giver._carry_out(Produce(own), [], None)
+        giver._carry_out(Merge(update, (own,)), [], None)
+    giver._carry_out(Send(update, "oslo"), [], None)
+    (payload,) = sent
+    if damaged:
+        payload[5] ^= 1
+    taker._payloads[update.key] = payload
+    use = Adopt(update) if kind is Kind.STATE else Apply(update, 1.0, 0)
+    if damaged:
+        with pytest.raises(StateDamaged, match="region lima gave"):
+            taker._carry_out(use, [], None)
+    else:
+        taker._carry_out(use, [], None)
+        assert torch.equal(taker.replica.local, giver.replica.local)
 
 
 def test_a_rounds_loss_is_its_mean_by_rows() -> None:
