@@ -49,7 +49,7 @@ def figures() -> str:
     ]
     lines += [*predictions(newest("prediction")), *core(newest("core")), *scale(newest("scale"))]
     lines += wan(newest("wan"))
-    return "\n".join([*lines, *checkpoints(newest("checkpoint")), *goodput(newest("goodput-paced"))]) + "\n"
+    return "\n".join([*lines, *checkpoints(newest("checkpoint")), *goodput()]) + "\n"
 
 
 def predictions(found: dict[str, Any]) -> list[str]:
@@ -116,31 +116,36 @@ def recovery(found: dict[str, Any]) -> list[str]:
         "|---|---|---|---|",
     ]
     for name, case in found["results"].items():
-        if "back_s" in case:
-            seconds = [range_of(case[what], 1) for what in ("noticed_s", "others_wait_s", "back_s")]
+        if "others_wait_s" in case:
+            seconds = [range_of(case[what], 1) if what in case else "-" for what in ("noticed_s", "others_wait_s", "back_s")]
             lines.append(f"| {name} | {' | '.join(seconds)} |")
     gone = [f"`{name}` {range_of(case['gone_s'], 1)} s" for name, case in found["results"].items() if "gone_s" in case]
-    return [*lines, "", f"Until nothing of a run is left: {', '.join(gone)}."]
+    lines += ["", f"Until nothing of a run is left: {', '.join(gone)}."]
+    if again := found["results"].get("geotrain resume"):
+        again = range_of(again["first_round_s"], 1)
+        lines += [
+            "",
+            f"From `geotrain resume`, after a SIGKILL of `geotrain run` and so of the clusters that it had begun, to a round: {again} s.",
+        ]
+    return lines
 
 
-def goodput(found: dict[str, Any]) -> list[str]:
+def goodput() -> list[str]:
     """What faults leave of the speed."""
-    ways = found["results"]
     lines = [
         "",
-        "| useful samples per second, of the run without faults: a fault every | geotrain | plain DDP, restarted |",
-        "|---|---|---|",
+        "| useful samples per second, of those without faults; a fault every | geotrain | its accuracy, with and without | plain DDP |",
+        "|---|---|---|---|",
     ]
-    for mean in (name for name in ways["geotrain"] if name != "undisturbed"):
-        ours, theirs = (ways[name][mean] for name in ("geotrain", "plain DDP"))
-        times = f"{len(ours['faults'])} in {ours['seconds']:.0f} s", f"{theirs['restarts']} in {theirs['seconds']:.0f} s"
-        lines.append(f"| {mean} | {ours['of undisturbed']:.2f} ({times[0]}) | {theirs['of undisturbed']:.2f} ({times[1]}) |")
     for workload in ("digits", "images"):
-        if list(RESULTS.glob(f"goodput-{workload}-*.json")):
-            ours = newest(f"goodput-{workload}")["results"]["geotrain"]
-            said = [f"{mean}: {run['of undisturbed']:.2f} ({len(run['faults'])})" for mean, run in ours.items() if mean != "undisturbed"]
-            lines += ["", f"The same of geotrain training {workload}: {', '.join(said)}."]
-    words = "One run each; in brackets the faults that it had. DDP's are kills of one process; geotrain's also of two, and links cut."
+        ways = newest(f"goodput-{workload}")["results"]
+        for mean, ours in ways["geotrain"].items():
+            theirs = ways["plain DDP"][mean]
+            times = f"{len(ours['faults'])} in {ours['seconds']:.0f} s", f"{theirs['restarts']} restarts in {theirs['seconds']:.0f} s"
+            learned = " ".join(f"{run['metrics']['accuracy']:.3f}" for run in (ours, ours["undisturbed"]))
+            cells = f"{ours['of undisturbed']:.2f} ({times[0]}) | {learned} | {theirs['of undisturbed']:.2f} ({times[1]})"
+            lines.append(f"| {workload}, {mean} | {cells} |")
+    words = "One run each, beside one without faults; in brackets the faults that it had: a worker, a leader, a region, or a link for 5 s."
     return [*lines, "", words]
 
 

@@ -7,10 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from uuid import UUID
 
+import httpx
 from prefect import Task, runtime
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, TaskRunFilter, TaskRunFilterState, TaskRunFilterStateType
+from prefect.client.schemas.objects import StateType
+from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.logging import get_run_logger
+from prefect.states import Crashed
 
 from geotrain.errors import Stopped
 from geotrain.job import load_job
@@ -57,6 +63,39 @@ def begin(job: str, overrides: dict[str, Any] | None, *, resume: bool) -> Run:
         get_run_logger().info("continuing %s", folder.run)
         return Run.resume(folder, get_run_logger().info)
     return Run.start(spec)
+
+
+def end_lost_flow_runs(run: Run) -> None:
+    """Note this flow run in the run's folder, and tell Prefect that those before have crashed, where it still takes them for running.
+
+    Nobody else does: a worker that sees its flow's process killed says so of the flow run alone, not of its task runs.
+    """
+    this = runtime.flow_run.id
+    before = {event["id"] for event in run.folder.lines("events.jsonl") if event["event"] == "flow_run"}
+    run.folder.event("flow_run", id=this)
+    try:
+        with get_client(sync_client=True) as client:
+            for lost in before:
+                _end_lost(client, UUID(lost), f"its process was lost; flow run {this} continues {run.id}")
+    except (httpx.HTTPError, PrefectException, OSError, RuntimeError) as error:
+        get_run_logger().warning("flow runs of %s whose process was lost may go on as Running: %s", run.id, error)
+
+
+def _end_lost(client: SyncPrefectClient, lost: UUID, why: str) -> None:
+    try:
+        flow_run = client.read_flow_run(lost)
+    except ObjectNotFound:  # of another server
+        return
+    mine, alive = str(lost) == runtime.flow_run.id, [StateType.RUNNING, StateType.PENDING]
+    if not mine and flow_run.state is not None and not flow_run.state.is_final():
+        client.set_flow_run_state(lost, Crashed(message=why), force=True)
+    task_runs = client.read_task_runs(
+        flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[lost])),
+        task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=alive))),
+    )
+    for task_run in task_runs:
+        if not mine or task_run.flow_run_run_count < flow_run.run_count:
+            client.set_task_run_state(task_run.id, Crashed(message=why), force=True)
 
 
 def named_after_job() -> str:

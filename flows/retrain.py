@@ -7,7 +7,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.conduct import begin, named_after_job, stops_in_order
+from flows.conduct import begin, end_lost_flow_runs, named_after_job, stops_in_order
 from flows.train import MOST_REGIONS, ended, locate_and_plan, train_and_publish
 from geotrain import registry
 from geotrain.errors import JobError, Stopped
@@ -25,6 +25,7 @@ def geotrain_retrain(job: str, overrides: dict[str, Any] | None = None, resume: 
         run: Id of a run that the calling process has begun already; leave it empty.
     """
     with taken_over(run, lambda: begin(job, overrides, resume=resume)) as this, stops_in_order(this):
+        end_lost_flow_runs(this)
         if this.job.registry is None:
             raise JobError("retraining needs a registry: add `registry: {url: ..., model: ...}` to the job")
         champion = registry.champion(this.job.registry.url, this.job.registry.model)

@@ -6,7 +6,7 @@ from prefect import flow
 from prefect.states import Cancelled, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.conduct import begin, each_region, named_after_job, stops_in_order
+from flows.conduct import begin, each_region, end_lost_flow_runs, named_after_job, stops_in_order
 from geotrain.errors import ClusterError, Stopped
 from geotrain.report.folder import RunFolder
 from geotrain.run import Run, taken_over
@@ -26,6 +26,7 @@ def geotrain_train(job: str, overrides: dict[str, Any] | None = None, resume: bo
         run: Id of a run that the calling process has begun already; leave it empty.
     """
     with taken_over(run, lambda: begin(job, overrides, resume=resume)) as this, stops_in_order(this):
+        end_lost_flow_runs(this)
         try:
             locate_and_plan(this)
             return train_and_publish(this)
@@ -43,6 +44,7 @@ def geotrain_resume(run: str, without: list[str] | None = None) -> Any:
     """
     begun = run.rsplit("/", 1)[-1]
     with taken_over(begun, lambda: Run.resume(RunFolder(run), without=without or ())) as this, stops_in_order(this):
+        end_lost_flow_runs(this)
         try:
             locate_and_plan(this)
             return train_and_publish(this)

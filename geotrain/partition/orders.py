@@ -46,6 +46,8 @@ class SeatOrder:
     """URL of a model.safetensors to begin from."""
     restore: StoredPart | None = None
     """This region's part of the checkpoint to continue from."""
+    rewind: bool = False
+    """Every region continues from that checkpoint: what its end hastened, where it was early, is undone."""
     joins: bool = False
     """It comes into a run that goes on: the others give it what they agree on."""
     place: "Place | None" = None

@@ -273,6 +273,8 @@ class Seat:
             assert self.server is not None
             if part is not None:
                 self.server.replica.load_state(without_prefix("sync", tensors))
+                if self.order.rewind:
+                    self.server.rewind()
 
     def _enter_midway(self, pace: Pace) -> None:
         """Its first epoch is the one that the others are in: as much of its rows is to come as of theirs."""

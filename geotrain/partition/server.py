@@ -14,6 +14,7 @@ from torch import Tensor
 from geotrain.errors import StateDamaged, UpdateUnusable
 from geotrain.partition.group import Directive
 from geotrain.sync.machine import RoundMachine
+from geotrain.sync.merging import MergeMachine
 from geotrain.sync.messages import (
     Adopt,
     Apply,
@@ -247,6 +248,12 @@ class ParameterServer:
         times, self._told_wake = [at for at in self._wake_at if at not in self._told_wake], list(self._wake_at)
         return times
 
+    def rewind(self) -> None:
+        """After a checkpoint was loaded whose segment ended early: merges that it hastened are applied when they are due."""
+        for (round, fragment), payload in self.replica.rewind().items():
+            assert isinstance(self.machine, MergeMachine)
+            self._payloads[self.machine.postpone(round, fragment).key] = payload
+
     def take(self, delivery: Delivery) -> None:
         """An update arrived; one that is here already keeps its first payload."""
         update = delivery.update
@@ -279,9 +286,11 @@ class ParameterServer:
                 self.transport.send(to, update, self._payload(update))
                 if update.kind is Kind.REPLICA:
                     spent.append(update)
-            case Apply(update, weight):
+            case Apply(update, weight, _, early):
+                payload = self._payloads.pop(update.key)
+                if early:
+                    self.replica.remember(update, payload)
                 with _naming(update):
-                    payload = self._payloads.pop(update.key)
                     self.replica.apply(update, _verified(update, payload) if update.kind is Kind.AGREED else payload, weight)
                 self._changed = True
                 for region in update.members if update.kind is Kind.MERGED else (update.origin,) if update.kind is Kind.PUSH else ():

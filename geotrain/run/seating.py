@@ -96,9 +96,17 @@ class Seating(Placing):
             give_up_s=LEADERS_WAIT * self.plan.give_up_s,
             warm_start=self.warm_start.url if self.warm_start else None,
             restore=restore,
+            rewind=not joins and self._all_continue(),
             joins=joins,
             place=place,
         )
+
+    def _all_continue(self) -> bool:
+        """Every region has its part of the checkpoint, and none comes in; with bits that adapt, merges are coded as they were then."""
+        if self.resumed is None or self.plan is None or self.plan.bits:
+            return False
+        parts = [self.resumed.part(region) for region in self.regions]
+        return all(part is not None and part.round == self.resumed.round for part in parts)
 
     def seats(self, provision_all: Callable[[], list[SeatTaken | None]]) -> list[SeatTaken | None]:
         """All regions' seats; where a part of the checkpoint turns out to be damaged, as of the one before. Raises BadCheckpoint."""

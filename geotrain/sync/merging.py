@@ -166,14 +166,23 @@ class MergeMachine:
         at = self.at
         out: list[Instruction] = []
         staleness = 1 if self.strategy.tau is None else 0
+        hastened = self.strategy.tau != 0 and at.round >= at.end and at.end < at.until and self.applied == at.round - 1
         for fragment in self.fragments(self.applied):
             place = (self.applied, fragment)
             merged, mine = self.merged.pop(place), self.mine.pop(place)
             out.append(Settle(mine) if at.region in merged.members else Return(mine, discount(1)))
-            out.append(Apply(merged, 1.0, staleness))
+            out.append(Apply(merged, 1.0, staleness, early=hastened and len(merged.members) == len(at.view.regions)))
             at.end_before(merged.last)
         self.applied += 1
         return out
+
+    def postpone(self, round: int, fragment: int) -> Update:
+        """A merge that was applied early, and is taken back: it will be applied when it is due. Returns its header."""
+        at, place = self.at, (round, fragment)
+        self.mine[place] = Update(Kind.CONTRIBUTION, at.view.epoch, at.region, round, fragment)
+        self.merged[place] = Update(Kind.MERGED, at.view.epoch, at.view.owner(fragment), round, fragment, members=at.view.regions)
+        self.applied = min(self.applied, round)
+        return self.merged[place]
 
     # The owner's part.
 

@@ -168,6 +168,8 @@ class Apply:
     update: Update
     weight: float
     staleness: int
+    early: bool = False
+    """A merge, before its time: the segment ends earlier than planned. Who resumes from there can have it applied when it is due."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,12 @@ class Replica(Protocol):
     def apply(self, update: Update, payload: Payload, weight: float) -> None:
         """Let a payload change the parameters."""
 
+    def remember(self, update: Update, payload: Payload) -> None:
+        """This merge is about to be applied early: keep what it changes."""
+
+    def rewind(self) -> dict[tuple[int, int], Payload]:
+        """Be as before the merges that were applied early; (round, fragment) -> their payloads."""
+
     def take_back(self, update: Update, payload: Payload, weight: float) -> None:
         """An own contribution was not merged: send it again, times `weight`, with the next."""
 
@@ -118,6 +124,8 @@ class MergeReplica:
     """With EControl: each fragment's sum of merges, which is what is applied."""
     ahead: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """One round delayed: (round, fragment) -> [elements] by which this region is ahead of theta until that merge is applied."""
+    early: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict)
+    """(round, fragment) of merges applied early -> their payloads, and what they changed as it was before. Until the next round is over."""
 
     def __post_init__(self) -> None:
         self.theta = self.local.detach().to("cpu", torch.float32, copy=True)
@@ -137,6 +145,7 @@ class MergeReplica:
             way.load_state({})
 
     def produce(self, update: Update) -> Payload:
+        self.early.clear()
         if update.kind is Kind.REPLICA:
             return encode_whole(self.local)
         fragment, way = self.fragments[update.fragment], self.up[update.fragment]
@@ -183,6 +192,33 @@ class MergeReplica:
         self.ahead.pop((update.round, number), None)
         self._begin(number)
 
+    def remember(self, update: Update, payload: Payload) -> None:
+        number, place = update.fragment, (update.round, update.fragment)
+        fragment = self.fragments[number]
+        kept = {"payload": payload, "theta": _cut(self.theta, fragment.ranges), "local": _cut(self.local.detach(), fragment.ranges).cpu()}
+        if self.momentum is not None:
+            kept["momentum"] = _cut(self.momentum, fragment.parameters)
+        if place in self.ahead:
+            kept["ahead"] = self.ahead[place]
+        if number in self.integral:
+            kept["integral"] = self.integral[number]
+        self.early[place] = kept
+
+    def rewind(self) -> dict[tuple[int, int], Payload]:
+        for (round, number), kept in self.early.items():
+            fragment = self.fragments[number]
+            _paste(self.theta, fragment.ranges, kept["theta"])
+            _paste(self.local.detach(), fragment.ranges, kept["local"])
+            if self.momentum is not None:
+                _paste(self.momentum, fragment.parameters, kept["momentum"])
+            if "ahead" in kept:
+                self.ahead[round, number] = kept["ahead"]
+            self.integral.pop(number, None)
+            if "integral" in kept:
+                self.integral[number] = kept["integral"]
+        early, self.early = self.early, {}
+        return {place: kept["payload"] for place, kept in early.items()}
+
     def _outer_step(self, fragment: Fragment, merged: Tensor, buffers: Tensor) -> None:
         at = 0
         for a, b in fragment.parameters:
@@ -226,6 +262,7 @@ class MergeReplica:
         if self.momentum is not None:
             self.momentum = numbers[n:]
         self.ahead.clear()
+        self.early.clear()
         self._to_local(self.theta)
         self._forget()
 
@@ -254,6 +291,8 @@ class MergeReplica:
             kept |= {f"up.{number}.{name}": tensor for name, tensor in self.up[number].state().items()}
             kept |= {f"down.{number}.{name}": tensor for name, tensor in self.down[number].state().items()}
         kept |= {f"before.{number}": tensor for number, tensor in self.before.items()}
+        for (round, number), before in self.early.items():
+            kept |= {f"early.{round}.{number}.{name}": tensor for name, tensor in before.items()}
         return kept | {f"integral.{number}": tensor for number, tensor in self.integral.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -264,6 +303,22 @@ class MergeReplica:
             self.down[number].load_state(_under(f"down.{number}", state))
         self.before = {int(number): tensor for number, tensor in _under("before", state).items()}
         self.integral = {int(number): tensor for number, tensor in _under("integral", state).items()}
+        self.early = {}
+        for key, tensor in _under("early", state).items():
+            *place, name = key.split(".")
+            self.early.setdefault((int(place[0]), int(place[1])), {})[name] = tensor
+
+
+def _cut(vector: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
+    """A copy of these ranges, end to end."""
+    return torch.cat([vector[:0], *(vector[a:b] for a, b in ranges)])
+
+
+def _paste(vector: Tensor, ranges: Sequence[tuple[int, int]], numbers: Tensor) -> None:
+    at = 0
+    for a, b in ranges:
+        vector[a:b].copy_(numbers[at : at + b - a])
+        at += b - a
 
 
 def _encode(way: Feedback, fragment: Fragment, vector: Tensor) -> Payload:
@@ -353,6 +408,12 @@ class DeltaReplica:
             self.anchor.add_(delta, alpha=weight)
             self.local[n:].lerp_(buffers, weight / self.regions)
 
+    def remember(self, update: Update, payload: Payload) -> None:
+        raise AssertionError("a push is applied when it comes")
+
+    def rewind(self) -> dict[tuple[int, int], Payload]:
+        return {}
+
     def take_back(self, update: Update, payload: Payload, weight: float) -> None:
         raise AssertionError("a push is never given back")
 
@@ -406,6 +467,12 @@ class MixReplica:
                 self.good.copy_(other)
             else:
                 self.local.lerp_(other, weight)
+
+    def remember(self, update: Update, payload: Payload) -> None:
+        raise AssertionError("a push is applied when it comes")
+
+    def rewind(self) -> dict[tuple[int, int], Payload]:
+        return {}
 
     def take_back(self, update: Update, payload: Payload, weight: float) -> None:
         raise AssertionError("a push is never given back")

@@ -18,7 +18,7 @@ from tests.making import conduct
 from tests.s3 import free_port
 from tests.valve import Valve
 
-REGIONS = ("north", "south", "west")
+REGIONS, TWO_WORKERS = ("north", "south", "west"), "south"
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
 Strike = Callable[[Run, random.Random, dict[str, Valve]], None]
 
@@ -59,14 +59,31 @@ def cut(run: Run, rng: random.Random, valves: dict[str, Valve]) -> None:
     threading.Timer(rng.uniform(0.5, 6.0), valve.open.set).start()
 
 
+def kill_one_of_two(run: Run, rng: random.Random, valves: dict[str, Valve]) -> None:
+    os.kill(pid_of(run, TWO_WORKERS, rng.randrange(2)), signal.SIGKILL)
+
+
+def give_notice(run: Run, rng: random.Random, valves: dict[str, Valve]) -> None:
+    os.kill(pid_of(run, rng.choice(REGIONS)), signal.SIGTERM)
+
+
+def spoil(run: Run, rng: random.Random, valves: dict[str, Valve]) -> None:
+    Path(run.job.task_args["sick"]).write_text(str(pid_of(run, rng.choice(REGIONS))))
+
+
 STRIKES: dict[str, Strike] = {
     "one killed": kill,
+    "one of two killed": kill_one_of_two,
     "two killed": kill_two,
     "all killed": kill_all,
     "killed again": kill_again,
     "one hangs": hang,
     "link cut": cut,
+    "notice": give_notice,
+    "NaN": spoil,
 }
+SIGNS = {"link cut": (), "notice": ("worker_left",), "NaN": ("void_round",)}
+"""Events of which there is one at least; of any other fault that a region was lost."""
 
 
 @pytest.mark.chaos
@@ -77,7 +94,10 @@ def test_whatever_fails_the_run_ends_right(tmp_path: Path, strategy: str, fault:
     monkeypatch.setattr("geotrain.plan.planner.TRANSFER_MARGIN", 0.0)
     monkeypatch.setattr("geotrain.plan.planner.LEAST_HANG_S", 2.0)
     rng = random.Random(f"{SEED} {strategy} {fault}")
-    tree = job_of(tmp_path, strategy, elastic={"quorum": 1}).to_dict()
+    tree = job_of(tmp_path, strategy, elastic={"quorum": 1}, task_args={"lr": 0.01, "sick": str(tmp_path / "sick")}).to_dict()
+    if fault == "one of two killed":
+        tree["schedule"]["allocate"] = "all"
+        next(region for region in tree["regions"] if region["name"] == TWO_WORKERS)["devices"][0]["count"] = 2
     valves = {}
     for region in tree["regions"]:
         port = free_port()
@@ -87,7 +107,8 @@ def test_whatever_fails_the_run_ends_right(tmp_path: Path, strategy: str, fault:
     summary = conduct(run, in_mid_run(lambda run: STRIKES[fault](run, rng, valves), round=rng.randrange(20, 300)))
     for valve in valves.values():
         valve.close()
-    assert fault == "link cut" or events(run, "lost", "lost_at_end"), "it did strike"
+    signs = SIGNS.get(fault, ("lost", "lost_at_end"))
+    assert not signs or events(run, *signs), "it did strike"
     assert summary["metrics"]["mse"] < 1.0
     found = ledger(run.folder)
     assert found["balanced"], (found, events(run, "lost", "back", "view", "rolled_back"))

@@ -9,8 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from geotrain.charge import ask
 from geotrain.errors import ClusterTooSmall, DeviceFailed, Diverged, QuorumLost, Stopped
-from geotrain.job import JobSpec
+from geotrain.job import JobSpec, load_job
 from geotrain.partition.partition import Partition
 from geotrain.report.folder import RunFolder
 from geotrain.report.ledger import ledger, write_spent_rows
@@ -385,10 +385,11 @@ class DaskProcesses:
 
 
 @pytest.mark.chaos
-def test_a_regions_scheduler_is_lost_and_begun_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_regions_scheduler_is_lost_and_begun_again(tmp_path: Path, strategy: str) -> None:
     theirs = DaskProcesses()
     try:
-        tree = job_of(tmp_path, "ma").to_dict()
+        tree = job_of(tmp_path, strategy).to_dict()
         tree["regions"][2]["cluster"] = {"kind": "address", "address": theirs.address}
         run = Run.start(JobSpec.model_validate(tree))
 
@@ -414,30 +415,63 @@ conduct(Run.start(load_job(sys.argv[1])))
 """
 
 
-@pytest.mark.parametrize(("number", "epochs"), [(signal.SIGKILL, EPOCHS), pytest.param(signal.SIGSTOP, 300, marks=pytest.mark.chaos)])
-def test_the_flow_is_killed_and_the_regions_end_their_segment_with_a_checkpoint(
-    tmp_path: Path, number: signal.Signals, epochs: int
-) -> None:
-    """Or it stands still. On clusters that outlive it; those that it starts itself end with it."""
+@contextmanager
+def a_flow_elsewhere(root: Path, strategy: str, epochs: int) -> Iterator[tuple[subprocess.Popen[str], RunFolder]]:
+    """A process that trains two regions, on clusters that outlive it; those that it starts itself end with it."""
     with ExitStack() as stack:
-        tree = job_of(tmp_path, "ma", regions=("north", "south"), train={"batch_size": 10, "epochs": epochs, "seed": 3}).to_dict()
+        tree = job_of(root, strategy, regions=("north", "south"), train={"batch_size": 10, "epochs": epochs, "seed": 3}).to_dict()
         tree["schedule"]["segment_rounds"] = 10**6
         for region in tree["regions"]:
             cluster = LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0", silence_logs=logging.CRITICAL)
             region["cluster"] = {"kind": "address", "address": stack.enter_context(cluster).scheduler_address}
-        (tmp_path / "job.yaml").write_text(yaml.safe_dump(tree))
-        flow = subprocess.Popen([sys.executable, "-c", FLOW, str(tmp_path / "job.yaml")], cwd=Path(__file__).parents[2])
+        (root / "job.yaml").write_text(yaml.safe_dump(tree))
+        errors = stack.enter_context((root / "flow.err").open("w"))
+        words = [sys.executable, "-c", FLOW, str(root / "job.yaml")]
+        flow = subprocess.Popen(words, cwd=Path(__file__).parents[2], stderr=errors, text=True)
         try:
-            wait_for(lambda: any("rounds" in path.name for path in tmp_path.glob("runs/*/rounds.jsonl")))
-            flow.send_signal(number)
-            folder = RunFolder(str(next(tmp_path.glob("runs/*"))))
-            wait_for(lambda: len(list(Path(folder.url).glob("checkpoints/*/*.done.json"))) == 2)
+            wait_for(lambda: any("rounds" in path.name for path in root.glob("runs/*/rounds.jsonl")))
+            yield flow, RunFolder(str(next(root.glob("runs/*"))))
         finally:
             flow.kill()
             flow.wait()
+
+
+def ended_with_a_checkpoint(folder: RunFolder) -> bool:
+    return len(list(Path(folder.url).glob("checkpoints/*/*.done.json"))) == 2
+
+
+@pytest.mark.parametrize("strategy", ["ma", pytest.param("streaming", marks=pytest.mark.chaos)])
+def test_the_flow_is_killed_and_the_regions_end_their_segment_with_a_checkpoint(tmp_path: Path, strategy: str) -> None:
+    """And who resumes ends where it would have, to the bit."""
+    with a_flow_elsewhere(tmp_path, strategy, EPOCHS) as (flow, folder):
+        flow.kill()
+        wait_for(lambda: ended_with_a_checkpoint(folder))
+        flow.wait()
         resumed = Run.resume(folder)
-        assert 0 < resumed.round < epochs * 10
+        assert 0 < resumed.round < EPOCHS * 10
         summary = conduct(resumed)
+    assert summary["samples"] == EPOCHS * 400
+    assert ledger(folder)["balanced"], ledger(folder)
+    whole = load_job(str(tmp_path / "job.yaml")).to_dict() | {"output": {"url": str(tmp_path / "whole")}}
+    for region in whole["regions"]:
+        region["cluster"] = {"kind": "local"}
+    conduct(undisturbed := Run.start(JobSpec.model_validate(whole)))
+    models = [load_file(f"{run.folder.url}/model.safetensors") for run in (undisturbed, resumed)]
+    assert all(bool((models[0][name] == models[1][name]).all()) for name in models[0])
+
+
+@pytest.mark.chaos
+def test_a_flow_that_stood_still_and_was_overtaken_is_fenced_off_when_it_wakes(tmp_path: Path) -> None:
+    with a_flow_elsewhere(tmp_path, "ma", epochs := 300) as (flow, folder):
+        flow.send_signal(signal.SIGSTOP)
+        wait_for(lambda: ended_with_a_checkpoint(folder))
+        resumed = Run.resume(folder)
+        summary = conduct(resumed, in_mid_run(lambda run: flow.send_signal(signal.SIGCONT), round=resumed.round + 20))
+        assert flow.wait(timeout=60) != 0
+        assert "RunTaken" in (tmp_path / "flow.err").read_text() or "Stopped" in (tmp_path / "flow.err").read_text()
+    assert not events(resumed, "lost"), "it takes nobody's seat with it"
+    kinds = [event["event"] for event in events(resumed, "created", "stopped", "failed", "resumed", "completed")]
+    assert kinds == ["created", "resumed", "completed"], "it writes nothing more"
     assert summary["samples"] == epochs * 400
     assert ledger(folder)["balanced"], ledger(folder)
 

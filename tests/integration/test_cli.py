@@ -43,7 +43,12 @@ def running(mine: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str],
     words = ["--set", f"output.url={runs}", "--set", "train.epochs=3000", "--set", "schedule.segment_rounds=40", "--format", "json"]
     environment = os.environ | {"PREFECT_LOGGING_TO_API_BATCH_INTERVAL": "60"}  # what is logged must still reach the server at the end
     process = subprocess.Popen(
-        [*GEOTRAIN, "run", str(mine / "job.yaml"), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [*GEOTRAIN, "run", str(mine / "job.yaml"), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
     )
     try:
         until = time.monotonic() + 120
@@ -96,11 +101,24 @@ def test_mistakes_have_their_exit_codes(mine: Path) -> None:
     assert call("plan", job, "--set", f"regions.north.cluster={cluster}", expect=5)["error"]["type"] == "ClusterUnreachable"
 
 
-def test_an_interrupt_drains_and_resume_continues(running: tuple[subprocess.Popen[str], Path]) -> None:
+def family_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Its processes, and those that these began; not Prefect's, nor the one that sees to it that none is left."""
+    return [child for child in psutil.Process(process.pid).children(recursive=True) if "geotrain.guard" not in " ".join(child.cmdline())]
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "Ctrl-C"])
+def test_an_interrupt_drains_and_resume_continues(running: tuple[subprocess.Popen[str], Path], how: str) -> None:
+    """A terminal's Ctrl-C reaches the whole process group."""
     process, runs = running
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    family = family_of(process)
+    if how == "Ctrl-C":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.Signals[how])
+    out, err = process.communicate(timeout=30)
     assert process.returncode == 75, err
+    _, left = psutil.wait_procs(family, timeout=10)
+    assert not left, [child.cmdline() for child in left]
     assert "Error logging" not in err
     envelope = json.loads(out)
     assert envelope["status"] == "stopped"
@@ -126,16 +144,19 @@ def test_a_region_is_drained_and_a_stop_from_elsewhere_ends_it(
         assert f"{north} stays" in call("region", "drain", run, north, "--runs", str(runs), expect=2)["error"]["message"]
         (region := tmp_path / "region.yaml").write_text(yaml.safe_dump({"name": south, "data": {"train": str(tmp_path / "nothing")}}))
         assert call("region", "add", run, str(region), "--runs", str(runs), expect=2)["error"]["message"]
+    family = family_of(process)
     answer = call("stop", run, "--runs", str(runs), *(["--force"] if force else []))["data"]
     assert answer == {"run": run, "status": "stopped"}
-    process.communicate(timeout=60)
+    process.communicate(timeout=30)
     assert process.returncode == 75
+    _, left = psutil.wait_procs(family, timeout=10)
+    assert not left, [child.cmdline() for child in left]
     assert call("stop", run, "--runs", str(runs), expect=7)["error"]["type"] == "NotRunning"
 
 
 def test_a_kill_leaves_no_process_and_resume_continues(running: tuple[subprocess.Popen[str], Path]) -> None:
     process, runs = running
-    family = [child for child in psutil.Process(process.pid).children(recursive=True) if "geotrain.guard" not in " ".join(child.cmdline())]
+    family = family_of(process)
     marks = {child.environ().get(MARK) for child in family}
     assert len(family) >= 3, "two workers and a server at least"
     process.send_signal(signal.SIGKILL)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -206,6 +207,32 @@ def test_a_flow_run_cancelled_drains_and_the_next_that_resumes_continues_its_run
     assert done.returncode == 0, done.stdout[-3000:]
     assert [path.name for path in runs.iterdir()] == [run.name]
     assert (run / "summary.json").exists()
+
+
+@pytest.mark.timeout(600)
+def test_a_flow_run_whose_process_is_killed_crashes_with_its_tasks_and_the_next_that_resumes_continues(
+    prefect: dict[str, str], overrides: dict[str, Any], tmp_path: Path
+) -> None:
+    api, runs = prefect["PREFECT_API_URL"], tmp_path / "runs"
+    mine = json.dumps({**overrides, "output.url": str(runs), "registry": None, "train.epochs": 60})
+    words = [*PREFECT, "deployment", "run", "geotrain-train/digits", "-p", f"overrides={mine}"]
+    subprocess.run(words, env=prefect, check=True, capture_output=True, cwd=ROOT, timeout=120)
+    until(lambda: list(runs.glob("*/checkpoints/*/manifest.json")))
+    (run,) = runs.iterdir()
+    os.kill(json.loads(max(run.glob("lease/*.json")).read_text())["holder"]["pid"], signal.SIGKILL)
+    (flow,) = ask(api, "flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 1})
+
+    def states(kind: str) -> set[str]:
+        of = {"flow_runs": {"id": {"any_": [flow["id"]]}}, "limit": 200}
+        return {one["state"]["type"] for one in ask(api, f"{kind}/filter", of)}
+
+    until(lambda: states("flow_runs") == {"CRASHED"})
+    done = subprocess.run([*words, "-p", "resume=true", "--watch"], env=prefect, capture_output=True, text=True, cwd=ROOT, timeout=400)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert [path.name for path in runs.iterdir()] == [run.name]
+    assert (run / "summary.json").exists()
+    assert states("task_runs") <= {"COMPLETED", "CRASHED"}
+    assert states("flow_runs") == {"CRASHED"}
 
 
 RETRIED = """

@@ -169,11 +169,39 @@ def test_a_stop_drains_to_one_round_and_resumes(tmp_path: Path, name: str) -> No
     assert conduct(resumed)["rounds"] == manifest.round + 20
 
 
+OVERLAPPING: dict[str, dict[str, Any]] = {
+    "streaming": STRATEGIES["streaming"],
+    "delayed": {"strategy": "delayed", "every": 2, "codec": "int8"},
+    "delayed-econtrol": {"strategy": "delayed", "every": 2, "codec": "int4", "feedback": "econtrol"},
+    "ma": STRATEGIES["ma"],
+}
+
+
+@pytest.mark.parametrize("name", OVERLAPPING)
+def test_stopped_in_mid_segment_and_resumed_is_uninterrupted_to_the_bit(tmp_path: Path, name: str) -> None:
+    """The early end hastens the merges that are under way; resumed, they are applied when they are due."""
+    job = points_job(
+        tmp_path,
+        sync=OVERLAPPING[name],
+        train={"batch_size": 10, "epochs": 60, "seed": 3},
+        task_args={"adam": True, "lr": 0.01, "norm": True},
+        schedule={"segment_rounds": 200},
+    )
+    conduct(whole := Run.start(job))
+    stopped = Run.start(job)
+    with pytest.raises(Stopped):
+        conduct(stopped, stop_after(31))
+    resumed = Run.resume(RunFolder(stopped.folder.url))
+    assert resumed.round % 200, "not where it would have ended"
+    conduct(resumed)
+    assert same(model_of(resumed), model_of(whole))
+
+
 def _fields(plan: Any) -> dict[str, Any]:
     return {name: getattr(plan, name) for name in plan.__slots__}
 
 
-def test_a_run_resumes_with_fewer_regions_and_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_resumes_with_fewer_regions_and_workers_and_with_more_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tree = points_job(
         tmp_path,
         ("north", "south", "west"),
@@ -201,11 +229,16 @@ def test_a_run_resumes_with_fewer_regions_and_workers(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Partition, "spare", lambda self: False)
     resumed = Run.resume(run.folder, without=["west"])
     assert (resumed.round, resumed.accounts.samples) == (manifest.round, manifest.samples)
-    summary = conduct(resumed)
-    assert resumed.plan is not None
-    assert summary["rounds"] == resumed.plan.rounds
+    with pytest.raises(Stopped):
+        conduct(resumed, stop_after(manifest.round + 20))
+    monkeypatch.undo()
+    again = Run.resume(run.folder)
+    assert again.round > manifest.round
+    summary = conduct(again)
+    assert again.plan is not None
+    assert summary["rounds"] == again.plan.rounds
     seats = [event for event in run.folder.lines("events.jsonl") if event["event"] == "seated"]
-    assert [seat["workers"] for seat in seats if seat["region"] == "south"] == [2, 1]
+    assert [seat["workers"] for seat in seats if seat["region"] == "south"] == [2, 1, 2]
     assert len([seat for seat in seats if seat["region"] == "west"]) == 1
     found = ledger(run.folder)
     assert found["balanced"], found
