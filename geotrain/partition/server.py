@@ -253,6 +253,7 @@ class ParameterServer:
         for (round, fragment), payload in self.replica.rewind().items():
             assert isinstance(self.machine, MergeMachine)
             self._payloads[self.machine.postpone(round, fragment).key] = payload
+            self._changed = True
 
     def take(self, delivery: Delivery) -> None:
         """An update arrived; one that is here already keeps its first payload."""

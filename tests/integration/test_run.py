@@ -180,13 +180,15 @@ OVERLAPPING: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", OVERLAPPING)
 def test_stopped_in_mid_segment_and_resumed_is_uninterrupted_to_the_bit(tmp_path: Path, name: str) -> None:
     """The early end hastens the merges that are under way; resumed, they are applied when they are due."""
-    job = points_job(
+    tree = points_job(
         tmp_path,
         sync=OVERLAPPING[name],
         train={"batch_size": 10, "epochs": 60, "seed": 3},
         task_args={"adam": True, "lr": 0.01, "norm": True},
-        schedule={"segment_rounds": 200},
-    )
+        schedule={"segment_rounds": 200, "allocate": "all"},
+    ).to_dict()
+    tree["regions"][1]["devices"][0]["count"] = 2 if name == "streaming" else 1
+    job = JobSpec.model_validate(tree)
     conduct(whole := Run.start(job))
     stopped = Run.start(job)
     with pytest.raises(Stopped):
