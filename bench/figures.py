@@ -141,7 +141,11 @@ def goodput() -> list[str]:
         ways = newest(f"goodput-{workload}")["results"]
         for mean, ours in ways["geotrain"].items():
             theirs = ways["plain DDP"][mean]
-            times = f"{len(ours['faults'])} in {ours['seconds']:.0f} s", f"{theirs['restarts']} restarts in {theirs['seconds']:.0f} s"
+            ended = "" if theirs.get("ended", True) else ", not ended by then"
+            times = (
+                f"{len(ours['faults'])} in {ours['seconds']:.0f} s",
+                f"{theirs['restarts']} restarts in {theirs['seconds']:.0f} s{ended}",
+            )
             learned = " ".join(f"{run['metrics']['accuracy']:.3f}" for run in (ours, ours["undisturbed"]))
             cells = f"{ours['of undisturbed']:.2f} ({times[0]}) | {learned} | {theirs['of undisturbed']:.2f} ({times[1]})"
             lines.append(f"| {workload}, {mean} | {cells} |")

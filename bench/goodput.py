@@ -2,10 +2,11 @@
 the same faults on plain DDP that begins again from its last checkpoint.
 
 Three regions, one of them with two workers. `digits` and `images` train a LeNet and a ResNet (45 MB), and say what the model has learned.
-python -m bench.goodput digits: that alone.
+python -m bench.goodput digits 60: that alone, into the newest result file.
 """
 
 import json
+import math
 import os
 import random
 import signal
@@ -14,11 +15,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench.figures import newest
 from bench.measure import ROOT, make_data, write
 from bench.plain import epochs_of
 from geotrain.job import load_job, parse_job
@@ -56,6 +58,8 @@ WORKLOADS: dict[str, tuple[int | None, dict[str, Any]]] = {
 """Rows, and what the job says."""
 CHECKPOINT_S = 10.0
 CUT_S = 5.0
+GIVE_UP_S = 300.0
+"""Plain DDP that has not ended by then is measured by its last checkpoint."""
 
 
 def faults(mean_s: float | None) -> Iterator[tuple[float, str, str]]:
@@ -159,7 +163,7 @@ def ddp(workload: str, mean_s: float | None) -> dict[str, Any]:
             words = [sys.executable, "-m", "bench.goodput", "ddp", str(path), str(free_port())]
             env = {**os.environ, "OMP_NUM_THREADS": "1"}
             ranks = [subprocess.Popen([*words, str(rank)], cwd=ROOT, env=env, stderr=subprocess.DEVNULL) for rank in range(len(seats))]
-            while all(rank.poll() is None for rank in ranks):
+            while all(rank.poll() is None for rank in ranks) and time.monotonic() < (first_step_at or math.inf) + GIVE_UP_S:
                 time.sleep(0.05)
                 if first_step_at is None and Path(folder, "stepping").exists():
                     first_step_at = time.monotonic()
@@ -178,10 +182,18 @@ def ddp(workload: str, mean_s: float | None) -> dict[str, Any]:
                 if not done.exists():
                     process.kill()
                 process.wait()
+            if first_step_at is not None and time.monotonic() > first_step_at + GIVE_UP_S:
+                break
         assert first_step_at is not None
         seconds = time.monotonic() - first_step_at
-        samples = sum(json.loads(done.read_text()))
-        return {"useful_samples_per_s": round(samples / seconds, 1), "seconds": round(seconds, 1), "restarts": restarts}
+        told = [file for file in (done, path.with_name("saved")) if file.exists()]
+        samples = int(told[0].read_text()) if told else 0
+        return {
+            "useful_samples_per_s": round(samples / seconds, 1),
+            "seconds": round(seconds, 1),
+            "restarts": restarts,
+            "ended": done.exists(),
+        }
 
 
 def ddp_rank(path: Path, port: str, rank: int) -> None:
@@ -221,28 +233,30 @@ def ddp_rank(path: Path, port: str, rank: int) -> None:
                     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
                     torch.save(state, f"{checkpoint}.tmp")
                     Path(f"{checkpoint}.tmp").rename(checkpoint)
+                    path.with_name("saved").write_text(str(step * job.train.batch_size * dist.get_world_size()))
                     saved_at = time.monotonic()
     gathered = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, torch.tensor([epochs * samples]))
     if rank == 0:
-        (made := path.with_name("done.tmp")).write_text(json.dumps([int(one) for one in gathered]))
+        (made := path.with_name("done.tmp")).write_text(str(sum(int(one) for one in gathered)))
         made.rename(path.with_name("done"))
     dist.barrier()  # nobody is gone before it is done
     dist.destroy_process_group()
 
 
 def main() -> None:
-    for workload in sys.argv[1:] or WORKLOADS:
-        measure(workload)
+    wanted, only = sys.argv[1:2] or list(WORKLOADS), [float(mean) for mean in sys.argv[2:]]
+    for workload in wanted:
+        measure(workload, only or MEAN_S, newest(f"goodput-{workload}")["results"] if only else {})
 
 
-def measure(workload: str) -> None:
-    results: dict[str, Any] = {}
+def measure(workload: str, means_s: Sequence[float], results: dict[str, Any]) -> None:
+    """Adds to the results, and writes them."""
     ways: dict[str, Callable[[float | None], dict[str, Any]]] = {
         "geotrain": partial(geotrain, workload),
         "plain DDP": partial(ddp, workload),
     }
-    for mean_s in MEAN_S:
+    for mean_s in means_s:
         for name, way in ways.items():
             undisturbed, found = way(None), way(mean_s)  # one after the other: a shared machine's speed drifts
             results.setdefault(name, {})[f"{mean_s:.0f} s"] = found
