@@ -111,12 +111,15 @@ def geotrain(workload: str, mean_s: float | None) -> dict[str, Any]:
             for at, kind, region in faults(mean_s):
                 if ended.wait(began + at - time.monotonic()):
                     return
-                struck.append(f"{at:.0f} s: {kind} {region}")
                 if kind == "link":
                     valves[region].open.clear()
                     threading.Timer(CUT_S, valves[region].open.set).start()
                 else:
-                    kill(run, region, {"leader": slice(0, 1), "worker": slice(1, 2), "region": slice(None)}[kind])
+                    which = {"leader": slice(0, 1), "worker": slice(1, 2), "region": slice(None)}[kind]
+                    while not kill(run, region, which):
+                        if ended.wait(0.2):
+                            return
+                struck.append(f"{time.monotonic() - began:.0f} s: {kind} {region}")
 
         striking = threading.Thread(target=strike, daemon=True)
         striking.start()
@@ -138,14 +141,17 @@ def geotrain(workload: str, mean_s: float | None) -> dict[str, Any]:
         }
 
 
-def kill(run: Run, region: str, which: slice) -> None:
-    """Some of a region's workers; the first leads. One that is not there at the moment cannot be killed."""
+def kill(run: Run, region: str, which: slice) -> int:
+    """Some of a region's workers, the first of which leads; returns how many. One that is not there at the moment cannot be killed."""
     try:
         partition = run.partitions[region]
-        for pid in partition.client.run(os.getpid, workers=partition.workers[which]).values():
+        there = [worker for worker in partition.workers[which] if worker in partition.client.nthreads()]
+        pids = partition.client.run(os.getpid, workers=there) if there else {}
+        for pid in pids.values():
             os.kill(pid, signal.SIGKILL)
-    except Exception as error:
-        print(f"nothing to kill in {region}: {error!r}"[:100], file=sys.stderr)
+        return len(pids)
+    except (OSError, RuntimeError, ValueError, KeyError):
+        return 0
 
 
 def ddp(workload: str, mean_s: float | None) -> dict[str, Any]:
@@ -155,11 +161,12 @@ def ddp(workload: str, mean_s: float | None) -> dict[str, Any]:
         job = parse_job(job_of(workload, Path(folder)))
         (path := Path(folder, "job.json")).write_text(json.dumps(job.to_dict()))
         seats = [(name, worker) for name, count in WORKERS.items() for worker in range(count)]
-        restarts, first_step_at = 0, None
+        starts, first_step_at = 0, None
         until = iter(faults(mean_s))
         coming = next(until, None)
         done = Path(folder, "done")
         while not done.exists():
+            starts += 1
             words = [sys.executable, "-m", "bench.goodput", "ddp", str(path), str(free_port())]
             env = {**os.environ, "OMP_NUM_THREADS": "1"}
             ranks = [subprocess.Popen([*words, str(rank)], cwd=ROOT, env=env, stderr=subprocess.DEVNULL) for rank in range(len(seats))]
@@ -177,7 +184,6 @@ def ddp(workload: str, mean_s: float | None) -> dict[str, Any]:
                         process.send_signal(signal.SIGCONT)
                     else:
                         process.kill()
-            restarts += not done.exists()
             for process in ranks:
                 if not done.exists():
                     process.kill()
@@ -191,7 +197,7 @@ def ddp(workload: str, mean_s: float | None) -> dict[str, Any]:
         return {
             "useful_samples_per_s": round(samples / seconds, 1),
             "seconds": round(seconds, 1),
-            "restarts": restarts,
+            "restarts": starts - 1,
             "ended": done.exists(),
         }
 

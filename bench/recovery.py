@@ -1,6 +1,6 @@
 """How long it takes until a region that lost something is back, and how long the others wait: digits, three regions, real processes.
 
-python -m bench.recovery "leader hangs" drain: these alone, into the newest result file.
+python -m bench.recovery "leader hangs" "region drained": these alone, into the newest result file.
 """
 
 import json

@@ -18,12 +18,14 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.logging import get_run_logger
 from prefect.states import Crashed
 
+from geotrain.charge import me
 from geotrain.errors import Stopped
 from geotrain.job import load_job
 from geotrain.report.state import last_unfinished
 from geotrain.run import Run
 
 WAIT_S = 0.25
+ALIVE = (StateType.RUNNING, StateType.PENDING, StateType.CANCELLING)
 
 
 def begin_server() -> None:
@@ -70,14 +72,15 @@ def end_lost_flow_runs(run: Run) -> None:
 
     Nobody else does: a worker that sees its flow's process killed says so of the flow run alone, not of its task runs.
     """
-    this = runtime.flow_run.id
-    before = {event["id"] for event in run.folder.lines("events.jsonl") if event["event"] == "flow_run"}
-    run.folder.event("flow_run", id=this)
+    this, process = runtime.flow_run.id, me()
+    told = [event for event in run.folder.lines("events.jsonl") if event["event"] == "flow_run"]
+    run.folder.event("flow_run", id=this, process=process)
+    lost = {event["id"] for event in told if event["process"] != process}  # a retry may come in the same process
     try:
         with get_client(sync_client=True) as client:
-            for lost in before:
-                _end_lost(client, UUID(lost), f"its process was lost; flow run {this} continues {run.id}")
-    except (httpx.HTTPError, PrefectException, OSError, RuntimeError) as error:
+            for one in lost:
+                _end_lost(client, UUID(one), f"its process was lost; flow run {this} continues {run.id}")
+    except (httpx.HTTPError, PrefectException, OSError, RuntimeError, ValueError) as error:
         get_run_logger().warning("flow runs of %s whose process was lost may go on as Running: %s", run.id, error)
 
 
@@ -86,12 +89,14 @@ def _end_lost(client: SyncPrefectClient, lost: UUID, why: str) -> None:
         flow_run = client.read_flow_run(lost)
     except ObjectNotFound:  # of another server
         return
-    mine, alive = str(lost) == runtime.flow_run.id, [StateType.RUNNING, StateType.PENDING]
-    if not mine and flow_run.state is not None and not flow_run.state.is_final():
+    mine = str(lost) == runtime.flow_run.id
+    if not mine and flow_run.state_type not in (*ALIVE, StateType.CRASHED):
+        return  # it ended in order, and said so
+    if not mine and flow_run.state_type in ALIVE:
         client.set_flow_run_state(lost, Crashed(message=why), force=True)
     task_runs = client.read_task_runs(
         flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[lost])),
-        task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=alive))),
+        task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=list(ALIVE)))),
     )
     for task_run in task_runs:
         if not mine or task_run.flow_run_run_count < flow_run.run_count:

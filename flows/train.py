@@ -7,7 +7,7 @@ from prefect.states import Cancelled, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.conduct import begin, each_region, end_lost_flow_runs, named_after_job, stops_in_order
-from geotrain.errors import ClusterError, Stopped
+from geotrain.errors import ClusterError, StateDamaged, Stopped
 from geotrain.report.folder import RunFolder
 from geotrain.run import Run, taken_over
 from tasks import analyze_locality, evaluate, merge_fully, probe, provision, publish, report, schedule, synchronize, train_partition
@@ -67,7 +67,7 @@ def train_and_publish(run: Run) -> dict[str, Any]:
         train(run)
         try:
             return conclude(run)
-        except ClusterError as error:
+        except (ClusterError, StateDamaged) as error:
             run.end_again(error)
 
 

@@ -48,6 +48,7 @@ class Charge:
         self.run, self.asked = run, asked
         self.fs, self.path = open_url(url)
         self.number = 0
+        self._renewed_at = 0.0
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -68,12 +69,18 @@ class Charge:
             self._forget_requests()
         except STORE_ERRORS as error:
             raise OutputUnwritable("the flow", self.path, str(error) or type(error).__name__) from error
+        self._renewed_at = time.monotonic()
         self._thread = threading.Thread(target=self._renew, name="geotrain-lease", daemon=True)
         self._thread.start()
 
     @property
     def held(self) -> bool:
         return self._thread is not None
+
+    def check_after_sleep(self) -> None:
+        """Before anything is written: the same where this process did not renew its lease for long. Raises RunTaken, OutputUnwritable."""
+        if self.held and time.monotonic() - self._renewed_at > LEASE_S / 2:
+            self.check()
 
     def check(self) -> None:
         """Before anything is committed. Raises RunTaken when another process is in charge by now."""
@@ -95,17 +102,18 @@ class Charge:
                 return  # who comes next waits for LEASE_S
 
     def _renew(self) -> None:
-        beat, renewed = 0, time.monotonic()
+        beat = 0
         while not self._over.wait(min(BEAT_S, LOCAL_BEAT_S) if is_local(self.fs) else BEAT_S):
             try:
                 for request in self._requests():
                     self.asked(request.pop("what"), request)
-                if time.monotonic() - renewed > RENEW_S:
+                if time.monotonic() - self._renewed_at > RENEW_S:
                     if self.newest()[0] > self.number:
                         self.asked("lost", {})
                         return
-                    beat, renewed = beat + 1, time.monotonic()
+                    beat += 1
                     write_whole(self.fs, self._name(self.number), self._content(beat))
+                    self._renewed_at = time.monotonic()
             except STORE_ERRORS:
                 continue  # the next commit says so, if it lasts
 

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from geotrain.errors import ClusterError
+from geotrain.errors import ClusterError, StateDamaged
 from geotrain.job import JobSpec, parse_job
 from geotrain.run import Run
 
@@ -68,7 +68,7 @@ def conduct(run: Run, before_segment: Callable[[Run, int], None] = lambda run, s
             train(run, before_segment)
             try:
                 return conclude(run)
-            except ClusterError as error:
+            except (ClusterError, StateDamaged) as error:
                 run.end_again(error)
 
 

@@ -422,6 +422,9 @@ class World:
             node.server.machine.applied = at.round
             then.local.copy_(replica.local)
             then.load_state({key: tensor.clone() for key, tensor in replica.state().items()})
+            node.server.rewind()
+            if isinstance(machine := node.server.machine, MergeMachine):
+                self.open_contributions |= {(node.number, *place) for place in machine.mine}  # their merges are to be applied anew
 
     def merge_fully(self) -> None:
         """The full merge that ends a run, in all regions that are in."""

@@ -184,7 +184,7 @@ def _show_ledger(folder: RunFolder, rows: Path | None, shape: Format) -> None:
             answers.print(part)
         if rows:
             answers.print(f"{found['rows_written']} rows of rounds that did not count are named in {rows}", markup=False)
-        elif any(row["again"] or row["discarded"] for row in found["regions"]):
+        elif any(row["spent"] for row in found["regions"]):
             people.print(f"next: geotrain report {folder.run} --ledger --rows rows.parquet  names these rows", style="cyan")
     if not found["balanced"]:
         raise SystemExit(1)

@@ -44,6 +44,8 @@ class Spent:
     round: int
     why: Literal["lost", "void"]
     """The round was lost with a seat; or it ended in a NaN or an infinity."""
+    stands: bool
+    """It was not lost: a void one stands, and its rows are discarded."""
     positions: NDArray[np.int64]
     again: NDArray[np.bool_]
     """[positions] those that counted in another round: trained again."""
@@ -76,7 +78,7 @@ class EpochOfRows:
     @property
     def discarded(self) -> int:
         """Rows that counted in no round, for theirs ended in a NaN or an infinity."""
-        left_out = [spent.positions[~spent.again] for spent in self.spent if spent.why == "void"]
+        left_out = [spent.positions[~spent.again] for spent in self.spent if spent.why == "void" and spent.stands]
         return int(np.unique(np.concatenate(left_out)).size) if left_out else 0
 
     @property
@@ -88,7 +90,7 @@ def account(groups: Sequence[RowGroup], seatings: Sequence[Seating], *, seed: in
     """What became of a region's rows. A round counts unless the region's next seat begins at or before it, or the seat took it again."""
     rows = sum(group.rows for group in groups)
     counts: dict[int, NDArray[np.int32]] = {}
-    spent: dict[int, list[tuple[int, Literal["lost", "void"], NDArray[np.int64]]]] = {}
+    spent: dict[int, list[tuple[int, Literal["lost", "void"], bool, NDArray[np.int64]]]] = {}
     away = set(range(seatings[0].cursor["epoch"])) if seatings else set()
     """Epochs, to begin with those before the region came."""
     end = 0
@@ -107,7 +109,7 @@ def account(groups: Sequence[RowGroup], seatings: Sequence[Seating], *, seed: in
                 if stands and not record.void:
                     np.add.at(counts[epoch], positions, 1)
                 elif positions.size:
-                    spent.setdefault(epoch, []).append((record.round, "void" if record.void else "lost", positions))
+                    spent.setdefault(epoch, []).append((record.round, "void" if record.void else "lost", stands, positions))
     found = []
     for epoch in range(end + 1 if counts else 0):
         count = counts.get(epoch, np.zeros(rows, dtype=np.int32))
@@ -117,7 +119,7 @@ def account(groups: Sequence[RowGroup], seatings: Sequence[Seating], *, seed: in
                 rows=rows,
                 counted=int((count > 0).sum()),
                 more_than_once=int((count > 1).sum()),
-                spent=tuple(Spent(round, why, positions, count[positions] > 0) for round, why, positions in spent.get(epoch, ())),
+                spent=tuple(Spent(at, why, stands, these, count[these] > 0) for at, why, stands, these in spent.get(epoch, ())),
                 away=epoch in away,
             )
         )

@@ -18,6 +18,8 @@ class SeatOrder:
     """Take a seat: build the model, join the region's workers, open the WAN endpoint."""
 
     run: str
+    lease: int
+    """Of the process in charge: a fence, for one that slept and was overtaken."""
     job: JobSpec
     region: str
     rank: int
@@ -52,6 +54,10 @@ class SeatOrder:
     """It comes into a run that goes on: the others give it what they agree on."""
     place: "Place | None" = None
     """Where in its rows it goes on; None: where `restore` says."""
+
+    @property
+    def scope(self) -> str:
+        return scope_of(self.run, self.lease)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +196,11 @@ class Probed:
     device: str
 
 
-def topic(run: str, region: str) -> str:
+def scope_of(run: str, lease: int) -> str:
+    """What seats answer to: a run, in the charge of one process."""
+    return f"{run}-{lease}"
+
+
+def topic(scope: str, region: str) -> str:
     """The Dask event topic on which a partition reports."""
-    return f"geotrain-{run}-{region}"
+    return f"geotrain-{scope}-{region}"

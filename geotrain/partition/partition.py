@@ -15,7 +15,7 @@ from geotrain.data.inventory import Inventory
 from geotrain.errors import ClusterTooSmall, ClusterUnreachable, DeviceFailed, GeotrainError, Stopped, TaskFailed, WorkerHangs, WorkerLost
 from geotrain.job import JobSpec
 from geotrain.partition.calls import beside, on_worker
-from geotrain.partition.orders import Directory, Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder, topic
+from geotrain.partition.orders import Directory, Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder, scope_of, topic
 from geotrain.partition.signs import Signs
 from geotrain.sync.messages import View
 
@@ -36,12 +36,17 @@ Listener = Callable[[str, dict[str, Any]], None]
 class Control:
     """What the control plane wants of all partitions of a run: to go on, to stop at an agreed round, or to end at once."""
 
-    def __init__(self, run: str) -> None:
-        self.run = run
+    def __init__(self, run: str, lease: Callable[[], int] = lambda: 0) -> None:
+        """`lease`: the number of the lease that this process holds on the run."""
+        self.run, self._lease = run, lease
         self.stop = threading.Event()
         self.turn = threading.Event()
         """The segment is to end early, at an agreed round, and the run to go on with another plan."""
         self.abort = threading.Event()
+
+    @property
+    def scope(self) -> str:
+        return scope_of(self.run, self._lease())
 
 
 class Partition:
@@ -70,7 +75,7 @@ class Partition:
 
     def _listen(self) -> None:
         """A scheduler that was begun again knows nothing of who listens."""
-        name = topic(self.control.run, self.region)
+        name = topic(self.control.scope, self.region)
         with suppress(*CLIENT_ERRORS):
             self.client.unsubscribe_topic(name)
         self.client.subscribe_topic(name, self._heard)
@@ -160,7 +165,7 @@ class Partition:
         """
         self._ticket = order.ticket
         self._signs.begin()
-        futures = [self._submit(worker, "train_segment", self.control.run, self.region, order) for worker in self.workers]
+        futures = [self._submit(worker, "train_segment", self.control.scope, self.region, order) for worker in self.workers]
         done: SegmentDone = self._await(futures, f"segment {order.number}", hangs_after_s=hangs_after_s)[0]
         return done
 
@@ -174,7 +179,7 @@ class Partition:
 
     def _tell(self, name: str, *args: Any) -> None:
         """Said beside whatever the workers do, and not waited for: one that hangs does not listen."""
-        words, workers = (name, self.control.run, self.region, *args), list(self.workers)
+        words, workers = (name, self.control.scope, self.region, *args), list(self.workers)
 
         def say() -> None:
             with suppress(*CLIENT_ERRORS):
@@ -193,7 +198,7 @@ class Partition:
     def reach(self, addresses: dict[str, str]) -> dict[str, str | None]:
         """Region -> why the leader cannot dial it at this address, None where it can; beside what it does. Raises ClusterUnreachable."""
         try:
-            words = "reach", self.control.run, self.region, addresses
+            words = "reach", self.control.scope, self.region, addresses
             answers = self.client.sync(self.client._run, beside, *words, workers=self.workers[:1], callback_timeout=REACH_S)
         except CLIENT_ERRORS as error:
             raise ClusterUnreachable(self.region, str(self.client.scheduler), f"trying the links: {error}") from error
@@ -212,7 +217,7 @@ class Partition:
 
     def _ask_leader(self, doing: str, name: str, *args: Any) -> Any:
         try:
-            return self._await([self._submit(self.workers[0], name, self.control.run, self.region, *args)], doing)[0]
+            return self._await([self._submit(self.workers[0], name, self.control.scope, self.region, *args)], doing)[0]
         except Stopped as stopped:
             if self.control.abort.is_set():
                 raise
@@ -246,7 +251,7 @@ class Partition:
             return False
 
     def _take_back(self, workers: list[str]) -> None:
-        words = "leave", self.control.run, self.region
+        words = "leave", self.control.scope, self.region
         with suppress(*CLIENT_ERRORS):
             there = self.client.nthreads()
             workers = [worker for worker in workers if worker in there]  # a dead one would be tried for half a minute

@@ -16,8 +16,8 @@ EVERY_S = 0.5
 class Reporter:
     """Gathers round records and sends them together."""
 
-    def __init__(self, run: str, region: str, life: int) -> None:
-        self.topic, self.life, self._worker = topic(run, region), life, get_worker()
+    def __init__(self, scope: str, region: str, life: int) -> None:
+        self.topic, self.life, self._worker = topic(scope, region), life, get_worker()
         self.endpoint: Endpoint | None = None
         """The leader's: what it carried and refused is told with the rounds."""
         self.settled: Mapping[str, int] = {}

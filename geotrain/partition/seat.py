@@ -60,7 +60,7 @@ class Seat:
         """When it was noticed that nobody waits for this seat's work any more."""
         self._seconds = 0.0
         """Of the segment, over the views in which it was entered."""
-        self.reporter = Reporter(order.run, order.region, order.life)
+        self.reporter = Reporter(order.scope, order.region, order.life)
         self.server: ParameterServer | None = None
         self.endpoint: Endpoint | None = None
         self.stager = Stager(order.region, self.reporter.say)
@@ -149,10 +149,11 @@ class Seat:
                 self._endpoint.renew()
                 if order.pace is not None and not self.server.machine.at.steps:
                     self.server.machine.at.take_pace(pace_since(order.pace, self.trainer.rows.steps_in))
-            self.server.begin(order.until, order.first, again=again)
-            self.take_view(order.view, order.directory)
-            first = self.server.directive()
         try:
+            if self.server is not None:
+                self.server.begin(order.until, order.first, again=again)
+                self.take_view(order.view, order.directory)
+                first = self.server.directive()
             self.trainer.segment(first, self._check_abort)
         except BaseException:
             self.trainer.group.close()  # so that the region's other workers do not wait for this one

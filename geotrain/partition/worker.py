@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from distributed import get_worker
 
-from geotrain.errors import DeviceFailed, WorkerLost
+from geotrain.errors import DeviceFailed, Stopped, WorkerLost
 from geotrain.partition import notice
 from geotrain.partition.orders import Directory, SeatOrder, SeatTaken, SegmentDone, SegmentOrder
 from geotrain.partition.seat import Seat
 from geotrain.sync.messages import View
 
 _SEATS: dict[tuple[str, str], Seat] = {}
-"""This process's seats, by run and region: the state that stays resident between segments."""
+"""This process's seats, by scope and region: the state that stays resident between segments."""
 
 
 DEVICE_FAULTS = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", MemoryError))
@@ -44,12 +44,15 @@ def device_fault(error: BaseException) -> str | None:
 
 
 def take_seat(order: SeatOrder) -> SeatTaken:
-    """Make this process's seat; one left over from an earlier attempt is closed first."""
-    leave(order.run, order.region)
+    """Make this process's seat; one left over from an earlier attempt is closed first. Raises Stopped for who is not in charge any more."""
+    for scope, region in [key for key, old in _SEATS.items() if (old.order.run, old.order.region) == (order.run, order.region)]:
+        if _SEATS[scope, region].order.lease > order.lease:
+            raise Stopped(order.run)
+        leave(scope, region)
     _stop_profiler()
     with blamed_on_device(order.region):
         seat = Seat(order)
-        _SEATS[order.run, order.region] = seat
+        _SEATS[order.scope, order.region] = seat
         return seat.taken()
 
 
@@ -64,57 +67,57 @@ def _stop_profiler() -> None:
         worker.loop.add_callback(profiler.stop)
 
 
-def train_segment(run: str, region: str, order: SegmentOrder) -> SegmentDone | None:
-    seat = _seat(run, region)
+def train_segment(scope: str, region: str, order: SegmentOrder) -> SegmentDone | None:
+    seat = _seat(scope, region)
     with blamed_on_device(region):
         done = seat.segment(order)
     if seat.lapsed_at is not None:
-        leave(run, region)
+        leave(scope, region)
     return done
 
 
-def evaluate_seat(run: str, region: str) -> dict[str, tuple[float, float]]:
+def evaluate_seat(scope: str, region: str) -> dict[str, tuple[float, float]]:
     with blamed_on_device(region):
-        return _seat(run, region).evaluate()
+        return _seat(scope, region).evaluate()
 
 
-def reach(run: str, region: str, addresses: dict[str, str]) -> dict[str, str | None]:
+def reach(scope: str, region: str, addresses: dict[str, str]) -> dict[str, str | None]:
     """Where there is no seat, there is nobody to whom a link could be cut."""
-    return _SEATS[run, region].reach(addresses) if (run, region) in _SEATS else dict.fromkeys(addresses)
+    return _SEATS[scope, region].reach(addresses) if (scope, region) in _SEATS else dict.fromkeys(addresses)
 
 
-def merge_fully(run: str, region: str, directory: Directory) -> tuple[str, dict[str, dict[str, Any]], float]:
+def merge_fully(scope: str, region: str, directory: Directory) -> tuple[str, dict[str, dict[str, Any]], float]:
     with blamed_on_device(region):
-        return _seat(run, region).merge_fully(directory)
+        return _seat(scope, region).merge_fully(directory)
 
 
-def write_model(run: str, region: str, url: str) -> int:
+def write_model(scope: str, region: str, url: str) -> int:
     with blamed_on_device(region):
-        return _seat(run, region).write_model(url)
+        return _seat(scope, region).write_model(url)
 
 
-def _seat(run: str, region: str) -> Seat:
-    if (run, region) not in _SEATS:
+def _seat(scope: str, region: str) -> Seat:
+    if (scope, region) not in _SEATS:
         raise WorkerLost(region, get_worker().address, "giving it something to do: its process was replaced")
-    return _SEATS[run, region]
+    return _SEATS[scope, region]
 
 
-def ask_stop(run: str, region: str, ticket: int) -> None:
+def ask_stop(scope: str, region: str, ticket: int) -> None:
     """Runs beside the segment: ask the leader to end it at the next round that all can agree on."""
-    if (run, region) in _SEATS:
-        _SEATS[run, region].stop_in = ticket
+    if (scope, region) in _SEATS:
+        _SEATS[scope, region].stop_in = ticket
 
 
-def watched(run: str, region: str) -> None:
+def watched(scope: str, region: str) -> None:
     """Runs beside the segment: the control plane is there."""
-    if (run, region) in _SEATS:
-        _SEATS[run, region].watched_at = time.monotonic()
+    if (scope, region) in _SEATS:
+        _SEATS[scope, region].watched_at = time.monotonic()
 
 
-def tell_view(run: str, region: str, view: View, directory: Directory) -> None:
+def tell_view(scope: str, region: str, view: View, directory: Directory) -> None:
     """Runs beside the segment: who is in from now on."""
-    if (run, region) in _SEATS:
-        _SEATS[run, region].news.put((view, directory))
+    if (scope, region) in _SEATS:
+        _SEATS[scope, region].news.put((view, directory))
 
 
 def heed_notices() -> bool:
@@ -131,15 +134,15 @@ def here() -> None:
     """Answers as soon as the worker has nothing else to do."""
 
 
-def abort(run: str, region: str) -> None:
+def abort(scope: str, region: str) -> None:
     """Runs beside the segment: end it at once."""
-    if (run, region) in _SEATS:
-        _SEATS[run, region].aborted = True
+    if (scope, region) in _SEATS:
+        _SEATS[scope, region].aborted = True
 
 
-def leave(run: str, region: str) -> None:
+def leave(scope: str, region: str) -> None:
     """Give the seat up: threads, port and group."""
-    if (seat := _SEATS.pop((run, region), None)) is not None:
+    if (seat := _SEATS.pop((scope, region), None)) is not None:
         seat.close()
 
 

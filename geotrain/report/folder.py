@@ -12,7 +12,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from geotrain.checkpoint import join, read_bytes, write_bytes
-from geotrain.errors import NothingToResume, OutputUnwritable, RunNotFound
+from geotrain.errors import NothingToResume, OutputUnwritable, RunNotFound, RunTaken
 from geotrain.job import JobSpec, parse_job
 from geotrain.stores import STORE_ERRORS, open_url
 
@@ -41,6 +41,8 @@ class RunFolder:
         self._lock, self._flushing = threading.Lock(), threading.Lock()
         self._pending: dict[str, list[str]] = {"rounds.jsonl": [], "events.jsonl": []}
         self._soon: list[threading.Thread] = []
+        self.fence: Callable[[], None] = lambda: None
+        """Raises RunTaken where another process is in charge by now: what this one still has to say is dropped."""
 
     @property
     def appends(self) -> bool:
@@ -71,6 +73,8 @@ class RunFolder:
         self._fs.rm(self._path, recursive=True)
 
     def write(self, name: str, text: str) -> None:
+        """Raises OutputUnwritable, RunTaken."""
+        self.fence()
         write_bytes("the flow", join(self.url, name), text.encode())
 
     def write_json(self, name: str, tree: Any) -> None:
@@ -104,11 +108,23 @@ class RunFolder:
     def flush(self, *, must: bool = True) -> None:
         """Put what was appended into the files. Object stores cannot append: there the whole file is written again.
 
-        Raises OutputUnwritable; unless it `must` be now: then what cannot be written is kept for the next time.
+        Raises OutputUnwritable, RunTaken; unless it `must` be now: then what cannot be written is kept for the next time.
         """
         if must:
             for thread in self._soon:
                 thread.join()
+        try:
+            self.fence()
+        except RunTaken:
+            with self._lock:
+                for lines in self._pending.values():
+                    lines.clear()
+            if must:
+                raise
+        except OutputUnwritable:
+            if must:
+                raise
+            return
         with self._flushing:
             for name in self._pending:
                 with self._lock:

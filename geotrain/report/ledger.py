@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from geotrain.data.inventory import Inventory, RowGroup
 from geotrain.data.ledger import EpochOfRows, RoundOfRows, Seating, account, named
+from geotrain.errors import OutputUnwritable
 from geotrain.report.folder import RunFolder
 
 SPENT = pa.schema(
@@ -50,6 +51,7 @@ def ledger(folder: RunFolder) -> dict[str, Any]:
                     kind: one.never,
                     "discarded": one.discarded,
                     "again": one.again,
+                    "spent": sum(spent.positions.size for spent in one.spent),
                     "rounds_again": one.rounds_again,
                 }
             )
@@ -62,20 +64,27 @@ def write_spent_rows(folder: RunFolder, path: Path) -> int:
     """Name every row that was trained on in a round that did not count, in a Parquet file with the columns of SPENT; returns how many.
 
     `why`: the round was `lost` with a worker, or is `void` for it ended in a NaN; `again`: it was trained again, in a round that counted.
-    `row`: counted from the beginning of its row group. Raises NothingToResume for a run that trained nothing.
+    `row`: counted from the beginning of its row group. Raises NothingToResume for a run that trained nothing, OutputUnwritable.
     """
+    try:
+        with pq.ParquetWriter(path, SPENT) as file:
+            return _write_spent_rows(folder, file)
+    except OSError as error:
+        raise OutputUnwritable("this command", str(path), str(error)) from error
+
+
+def _write_spent_rows(folder: RunFolder, file: pq.ParquetWriter) -> int:
     seed, written = folder.job().train.seed, 0
-    with pq.ParquetWriter(path, SPENT) as file:
-        for region, groups, epochs in _accounts(folder):
-            files, indices = np.array([group.uri for group in groups]), np.array([group.index for group in groups])
-            for one in epochs:
-                for spent in one.spent:
-                    numbers, rows = named(groups, spent.positions, seed=seed, epoch=one.epoch)
-                    same = {"region": region, "epoch": one.epoch, "round": spent.round, "why": spent.why}
-                    columns = {name: pa.repeat(value, rows.size) for name, value in same.items()}
-                    columns |= {"again": spent.again, "file": files[numbers], "row_group": indices[numbers], "row": rows}
-                    file.write_table(pa.table(columns, schema=SPENT))
-                    written += rows.size
+    for region, groups, epochs in _accounts(folder):
+        files, indices = np.array([group.uri for group in groups]), np.array([group.index for group in groups])
+        for one in epochs:
+            for spent in one.spent:
+                numbers, rows = named(groups, spent.positions, seed=seed, epoch=one.epoch)
+                same = {"region": region, "epoch": one.epoch, "round": spent.round, "why": spent.why}
+                columns = {name: pa.repeat(value, rows.size) for name, value in same.items()}
+                columns |= {"again": spent.again, "file": files[numbers], "row_group": indices[numbers], "row": rows}
+                file.write_table(pa.table(columns, schema=SPENT))
+                written += rows.size
     return written
 
 

@@ -11,6 +11,7 @@ from geotrain.errors import (
     BadCheckpoint,
     ClusterTooSmall,
     GeotrainError,
+    JobError,
     ModelMismatch,
     Stopped,
 )
@@ -78,6 +79,7 @@ class Seating(Placing):
         train, held_out = self.inventory[region]
         return SeatOrder(
             run=self.id,
+            lease=self.charge.number,
             job=self.job,
             region=region,
             rank=rank,
@@ -96,17 +98,32 @@ class Seating(Placing):
             give_up_s=LEADERS_WAIT * self.plan.give_up_s,
             warm_start=self.warm_start.url if self.warm_start else None,
             restore=restore,
-            rewind=not joins and self._all_continue(),
+            rewind=not joins and self._all_continue(restore),
             joins=joins,
             place=place,
         )
 
-    def _all_continue(self) -> bool:
-        """Every region has its part of the checkpoint, and none comes in; with bits that adapt, merges are coded as they were then."""
-        if self.resumed is None or self.plan is None or self.plan.bits:
+    def _all_continue(self, part: StoredPart | None) -> bool:
+        """Every region goes on to train from its part of one checkpoint, as this. Not with bits that adapt: merges are coded in them."""
+        assert self.plan is not None
+        if self.resumed is None or part is None or self.plan.bits or self.trained:
             return False
         parts = [self.resumed.part(region) for region in self.regions]
-        return all(part is not None and part.round == self.resumed.round for part in parts)
+        return part in parts and all(one is not None and one.round == self.resumed.round for one in parts)
+
+    @property
+    def trained(self) -> bool:
+        """Whether nothing is left to train after the checkpoint that the run continues from. Raises JobError."""
+        assert self.plan is not None
+        return self.resumed is not None and (self.resumed.round >= self.plan.rounds or self._goal_reached(self.resumed.metrics))
+
+    def _goal_reached(self, metrics: Mapping[str, float]) -> bool:
+        goal = self.job.train.until
+        if goal is None:
+            return False
+        if goal.metric not in metrics:
+            raise JobError(f"train.until: the task evaluates no '{goal.metric}'; it has: {', '.join(sorted(metrics))}")
+        return goal.reached(metrics[goal.metric])
 
     def seats(self, provision_all: Callable[[], list[SeatTaken | None]]) -> list[SeatTaken | None]:
         """All regions' seats; where a part of the checkpoint turns out to be damaged, as of the one before. Raises BadCheckpoint."""

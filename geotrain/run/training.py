@@ -1,7 +1,7 @@
 """Segment after segment, and what changes between two of them."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from geotrain.checkpoint import Manifest
 from geotrain.errors import (
@@ -9,7 +9,6 @@ from geotrain.errors import (
     DeviceFailed,
     Diverged,
     GeotrainError,
-    JobError,
     NonFiniteLoss,
     StateDamaged,
     Stopped,
@@ -32,7 +31,7 @@ class Training(Seating):
     def segments_left(self) -> Iterator[int]:
         """Numbers of the segments still to train; they count from 1. One that ended early comes again."""
         assert self.plan is not None
-        if self.resumed and self._goal_reached(self.resumed.metrics):
+        if self.trained:
             return
         while self.round < self.plan.rounds:
             yield self.plan.segment_of(self.round)
@@ -253,14 +252,6 @@ class Training(Seating):
         self.replanner.came_in()
         self.board.add(name)
         self.accounts.job, self.strategy = self.job, strategy_of(self.job.sync, len(self.job.regions))
-
-    def _goal_reached(self, metrics: Mapping[str, float]) -> bool:
-        goal = self.job.train.until
-        if goal is None:
-            return False
-        if goal.metric not in metrics:
-            raise JobError(f"train.until: the task evaluates no '{goal.metric}'; it has: {', '.join(sorted(metrics))}")
-        return goal.reached(metrics[goal.metric])
 
     @property
     def needs_final_merge(self) -> bool:

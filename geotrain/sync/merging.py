@@ -166,12 +166,13 @@ class MergeMachine:
         at = self.at
         out: list[Instruction] = []
         staleness = 1 if self.strategy.tau is None else 0
-        hastened = self.strategy.tau != 0 and at.round >= at.end and at.end < at.until and self.applied == at.round - 1
+        whole = all(len(self.merged[self.applied, fragment].members) == len(at.view.regions) for fragment in self.fragments(self.applied))
+        early = whole and self.strategy.tau != 0 and self.applied == at.round - 1 and at.end <= at.round < at.until
         for fragment in self.fragments(self.applied):
             place = (self.applied, fragment)
             merged, mine = self.merged.pop(place), self.mine.pop(place)
             out.append(Settle(mine) if at.region in merged.members else Return(mine, discount(1)))
-            out.append(Apply(merged, 1.0, staleness, early=hastened and len(merged.members) == len(at.view.regions)))
+            out.append(Apply(merged, 1.0, staleness, early=early))
             at.end_before(merged.last)
         self.applied += 1
         return out

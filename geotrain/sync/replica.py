@@ -268,6 +268,7 @@ class MergeReplica:
 
     def new_view(self) -> None:
         """EControl's ends must have seen the same: all begin again. The penalty's memory too, which a newcomer does not have."""
+        self.early.clear()
         self.before.clear()
         if self.coding.feedback == "econtrol":
             self.integral.clear()

@@ -70,6 +70,25 @@ def test_killed_and_resumed_equals_uninterrupted(name: str) -> None:
     assert all(torch.equal(a, b) for one, other in zip(*ends, strict=True) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.parametrize("name", [name for name, sync in COMBINATIONS.items() if is_merge(sync) and "quorum" not in sync])
+def test_stopped_early_killed_and_resumed_equals_uninterrupted(name: str) -> None:
+    """What the early end hastened is taken back, and applied when it is due."""
+    ends = []
+    for stop_at in (None, 4.0):
+        world = make_world(COMBINATIONS[name], 2, Schedule(stop_at=stop_at), regions=3)
+        until = 2 * world.rounds_per_epoch
+        world.segment(until)
+        if stop_at is not None:
+            assert 0 < world.there()[0].server.machine.at.round < until, "not where it would have ended"
+            world.faults = Schedule()
+            world.kill_and_resume()
+            world.segment(until)
+        ends.append(
+            [(node.server.replica.local, *(tensor for _, tensor in sorted(node.server.replica.state().items()))) for node in world.there()]
+        )
+    assert all(torch.equal(a, b) for one, other in zip(*ends, strict=True) for a, b in zip(one, other, strict=True))
+
+
 def happened(what: str, name: str, seeds: int = 40) -> int:
     """How often an event comes about, over some schedules."""
     return sum(event == what for seed in range(seeds) for _, event, _ in play(COMBINATIONS[name], seed).events)

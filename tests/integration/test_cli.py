@@ -1,5 +1,6 @@
 """The command line as a user meets it: a process of its own, Prefect in front, signals from outside."""
 
+import contextlib
 import json
 import os
 import signal
@@ -102,8 +103,12 @@ def test_mistakes_have_their_exit_codes(mine: Path) -> None:
 
 
 def family_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Its processes, and those that these began; not Prefect's, nor the one that sees to it that none is left."""
-    return [child for child in psutil.Process(process.pid).children(recursive=True) if "geotrain.guard" not in " ".join(child.cmdline())]
+    """Its processes, and those that these began; not the one that sees to it that none is left."""
+    family = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family += [child] if "geotrain.guard" not in " ".join(child.cmdline()) else []
+    return family
 
 
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "Ctrl-C"])

@@ -97,6 +97,12 @@ def test_what_ended_in_a_nan_and_was_lost_with_its_seat_is_trained_again() -> No
     assert [spent.why for spent in found[0].spent] == ["void"]
 
 
+def test_what_ended_in_a_nan_was_lost_and_is_not_trained_again_is_missed() -> None:
+    before = Seating(cursor(), 0, [RoundOfRows(0, 0, 5, 5), RoundOfRows(1, 0, 10, 5, void=True)])
+    found = account(GROUPS, [before, Seating({**cursor(1), "used": [0]}, 1, [RoundOfRows(1, 1, 5, 5)])], **SETTINGS)
+    assert [(one.counted, one.discarded, one.never) for one in found][0] == (50, 0, 50)
+
+
 def test_what_was_lost_and_never_made_up_is_not_called_trained_again() -> None:
     found = account(GROUPS, [Seating(cursor(), 0, rounds(0, 2)), Seating({**cursor(), "used": [100]}, 1, rounds(2, 4))], **SETTINGS)
     assert [(one.counted, one.never, one.again) for one in found] == [(50, 50, 0), (100, 0, 0)]
