@@ -50,7 +50,7 @@ WORKLOADS: dict[str, tuple[int | None, dict[str, Any]]] = {
         {
             "task": "geotrain.examples.images:Images",
             "task_args": {"side": 16, "lr": 0.005},
-            "train": {"batch_size": 32, "epochs": 8},
+            "train": {"batch_size": 32, "epochs": 7},
             "sync": {"strategy": "ma", "every": 8},
         },
     ),
@@ -58,7 +58,7 @@ WORKLOADS: dict[str, tuple[int | None, dict[str, Any]]] = {
 """Rows, and what the job says."""
 CHECKPOINT_S = 10.0
 CUT_S = 5.0
-GIVE_UP_S = 300.0
+GIVE_UP_S = 200.0
 """Plain DDP that has not ended by then is measured by its last checkpoint."""
 
 
