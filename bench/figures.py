@@ -146,8 +146,12 @@ def goodput() -> list[str]:
                 ended = "" if theirs.get("ended", True) else ", not ended by then"
                 cells[2] = f"{theirs['of undisturbed']:.2f} ({theirs['restarts']} restarts in {theirs['seconds']:.0f} s{ended})"
             lines.append(f"| {workload}, {mean} | {' | '.join(cells)} |")
-    words = "One run each, beside one without faults; in brackets the faults that it had: a worker, a leader, a region, or a link for 5 s."
-    return [*lines, "", words]
+    return [
+        *lines,
+        "",
+        "One run each, beside one without faults; in brackets the faults that it had: a worker, a leader, a region, or a link for 5 s.",
+        "Images trains for too short a time for its accuracy to say anything.",
+    ]
 
 
 def checkpoints(found: dict[str, Any]) -> list[str]:
