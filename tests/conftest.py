@@ -35,12 +35,12 @@ def ours(thread: threading.Thread) -> bool:
 
 
 def lasts(child: psutil.Process) -> bool:
-    """Python's own helper, and the servers that a whole test session shares."""
+    """Python's own helpers, and the servers that a whole test session shares."""
     try:
         words = " ".join(child.cmdline())
     except psutil.Error:
         return True
-    return any(name in words for name in ("resource_tracker", "moto.server", "prefect.server"))
+    return any(name in words for name in ("resource_tracker", "multiprocessing.forkserver", "moto.server", "prefect.server"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,18 @@
 """A region's workers as processes of this machine: the embedded default."""
 
 import logging
+import os
 from typing import Any
 
+import dask
 import distributed
+from distributed.utils import get_mp_context
 
 from geotrain.job import RegionSpec
+
+IMPORTED = ["geotrain.clusters.forked", "geotrain.partition.worker"]
+"""By the process that workers are forked from, once: with torch in it that takes seconds. By name, since the second is what runs on a
+cluster, and above it."""
 
 
 class RegionLocalCluster(distributed.LocalCluster):
@@ -13,6 +20,8 @@ class RegionLocalCluster(distributed.LocalCluster):
 
     def __init__(self, spec: RegionSpec) -> None:
         self._gpus = _gpus(spec)
+        dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})  # for good: a nanny asks at every start
+        get_mp_context().set_forkserver_preload(IMPORTED)
         super().__init__(
             name=f"geotrain-{spec.name}",
             n_workers=0,
@@ -23,6 +32,7 @@ class RegionLocalCluster(distributed.LocalCluster):
             host="127.0.0.1",
             silence_logs=logging.CRITICAL,
             preload=["geotrain.clusters.detach"],
+            env=dict(os.environ),  # what they are forked from has that of the first cluster
         )
         self.scale(1)
 

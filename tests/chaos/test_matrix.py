@@ -94,7 +94,7 @@ def test_whatever_fails_the_run_ends_right(tmp_path: Path, strategy: str, fault:
     monkeypatch.setattr("geotrain.plan.planner.TRANSFER_MARGIN", 0.0)
     monkeypatch.setattr("geotrain.plan.planner.LEAST_HANG_S", 2.0)
     rng = random.Random(f"{SEED} {strategy} {fault}")
-    tree = job_of(tmp_path, strategy, elastic={"quorum": 1}, task_args={"lr": 0.01, "sick": str(tmp_path / "sick")}).to_dict()
+    tree = job_of(tmp_path, strategy, elastic={"quorum": 1}, task_args={"sick": str(tmp_path / "sick")}).to_dict()
     if fault == "one of two killed":
         tree["schedule"]["allocate"] = "all"
         next(region for region in tree["regions"] if region["name"] == TWO_WORKERS)["devices"][0]["count"] = 2
