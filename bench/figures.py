@@ -7,6 +7,8 @@ from typing import Any
 from bench.measure import RESULTS, ROOT
 
 BLOCK = re.compile(r"(<!-- figures: bench/results -->\n).*?(<!-- /figures -->)", re.DOTALL)
+OBSERVED = re.compile(r"(<!-- observed: ([^>]+) -->)[^<]*")
+"""In a cell of docs/failures.md: what bench/recovery observed of this fault."""
 
 
 def newest(name: str) -> dict[str, Any]:
@@ -109,6 +111,9 @@ def wan(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+WORDS = {"region drained": "gone", "region added": "in", "hashes differ": "all back"}
+
+
 def recovery(found: dict[str, Any]) -> list[str]:
     """What a fault costs."""
     lines = [
@@ -121,13 +126,23 @@ def recovery(found: dict[str, Any]) -> list[str]:
             lines.append(f"| {name} | {' | '.join(seconds)} |")
     gone = [f"`{name}` {range_of(case['gone_s'], 1)} s" for name, case in found["results"].items() if "gone_s" in case]
     lines += ["", f"Until nothing of a run is left: {', '.join(gone)}."]
-    if again := found["results"].get("geotrain resume"):
-        again = range_of(again["first_round_s"], 1)
-        lines += [
-            "",
-            f"From `geotrain resume`, after a SIGKILL of `geotrain run` and so of the clusters that it had begun, to a round: {again} s.",
-        ]
-    return lines
+    again, left = (
+        range_of(found["results"][name][what], 1) for name, what in (("geotrain resume", "first_round_s"), ("flow killed", "checkpoint_s"))
+    )
+    return [
+        *lines,
+        f"From `geotrain resume`, after a SIGKILL of `geotrain run` and so of the clusters that it had begun, to a round: {again} s.",
+        f"From a SIGKILL of the flow until regions with clusters of their own have written a checkpoint and ended: {left} s.",
+    ]
+
+
+def observed(found: dict[str, Any], name: str) -> str:
+    """Medians, in words."""
+    case = {what: f"{spread['median']:.1f} s" for what, spread in found["results"][name].items()}
+    if "others_wait_s" not in case:
+        return next(iter(case.values()))
+    back = f"{WORDS.get(name, 'back')} after {case['back_s']}, " if "back_s" in case else ""
+    return f"{back}the others stood still for {case['others_wait_s']}"
 
 
 def goodput() -> list[str]:
@@ -140,18 +155,25 @@ def goodput() -> list[str]:
     for workload in ("digits", "images"):
         ways = newest(f"goodput-{workload}")["results"]
         for mean, ours in ways["geotrain"].items():
-            learned = " ".join(f"{run['metrics']['accuracy']:.3f}" for run in (ours, ours["undisturbed"]))
-            cells = [f"{ours['of undisturbed']:.2f} ({len(ours['faults'])} in {ours['seconds']:.0f} s)", learned, "-"]
+            runs = ours["runs"]
+            learned = (sum(run["metrics"]["accuracy"] for run in some) / len(runs) for some in (runs, [run["undisturbed"] for run in runs]))
+            struck, seconds = sum(len(run["faults"]) for run in runs), sum(run["seconds"] for run in runs)
+            cells = [f"{of_all(ours)} ({struck} in {seconds:.0f} s)", " ".join(f"{accuracy:.3f}" for accuracy in learned), "-"]
             if theirs := ways.get("plain DDP", {}).get(mean):
-                ended = "" if theirs.get("ended", True) else ", not ended by then"
-                cells[2] = f"{theirs['of undisturbed']:.2f} ({theirs['restarts']} restarts in {theirs['seconds']:.0f} s{ended})"
+                restarts, seconds = (sum(run[what] for run in theirs["runs"]) for what in ("restarts", "seconds"))
+                ended = "" if all(run.get("ended", True) for run in theirs["runs"]) else ", not ended by then"
+                cells[2] = f"{of_all(theirs)} ({restarts} restarts in {seconds:.0f} s{ended})"
             lines.append(f"| {workload}, {mean} | {' | '.join(cells)} |")
     return [
         *lines,
         "",
-        "One run each, beside one without faults; in brackets the faults that it had: a worker, a leader, a region, or a link for 5 s.",
+        "Each run beside one without faults; in brackets the faults that they had: a worker, a leader, a region, or a link for 5 s.",
         "Images trains for too short a time for its accuracy to say anything.",
     ]
+
+
+def of_all(found: dict[str, Any]) -> str:
+    return range_of(found["of undisturbed"]) if len(found["runs"]) > 1 else f"{found['of undisturbed']['median']:.2f}"
 
 
 def checkpoints(found: dict[str, Any]) -> list[str]:
@@ -172,22 +194,25 @@ def checkpoints(found: dict[str, Any]) -> list[str]:
             ]
             lines.append(f"| {size} | {' | '.join(cells)} |")
     first = " and ".join(f"{case['first stall_s']:.1f} s" for case in found["results"].values() if isinstance(case, dict))
-    return [*lines, "", f"The first checkpoint of a seat takes fresh memory, and longer: {first}."]
+    return [*lines, "", f"For the first checkpoint of a seat it waits {first}."]
 
 
 def range_of(spread: dict[str, float], digits: int = 2) -> str:
     return f"{spread['median']:.{digits}f} ({spread['least']:.{digits}f} to {spread['most']:.{digits}f})"
 
 
-def blocks() -> dict[str, str]:
-    """Page -> its block as Markdown."""
-    return {"README.md": figures(), "docs/failures.md": "\n".join(recovery(newest("recovery"))) + "\n"}
+def pages() -> dict[str, str]:
+    """Page -> what it is with the newest figures."""
+    found = newest("recovery")
+    blocks = {"README.md": figures(), "docs/failures.md": "\n".join(recovery(found)) + "\n"}
+    texts = {page: BLOCK.sub(lambda at, block=block: at[1] + block + at[2], (ROOT / page).read_text()) for page, block in blocks.items()}
+    return {page: OBSERVED.sub(lambda at: at[1] + observed(found, at[2]), text) for page, text in texts.items()}
 
 
 def main() -> None:
-    for page, block in blocks().items():
-        (ROOT / page).write_text(BLOCK.sub(lambda found, block=block: found[1] + block + found[2], (ROOT / page).read_text()))
-        print(block)
+    for page, text in pages().items():
+        (ROOT / page).write_text(text)
+        print(text)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
+from multiprocessing import forkserver
 
 os.environ |= {
     "PREFECT_HOME": tempfile.mkdtemp(prefix="geotrain-prefect-"),
@@ -40,7 +41,8 @@ def lasts(child: psutil.Process) -> bool:
         words = " ".join(child.cmdline())
     except psutil.Error:
         return True
-    return any(name in words for name in ("resource_tracker", "multiprocessing.forkserver", "moto.server", "prefect.server"))
+    forked_from = forkserver._forkserver._forkserver_pid  # what is forked from it has its words
+    return child.pid == forked_from or any(name in words for name in ("resource_tracker", "moto.server", "prefect.server"))
 
 
 @pytest.fixture(autouse=True)

@@ -29,6 +29,8 @@ class Valve:
         except OSError:
             here.close()
             return
+        for end in (here, there):
+            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or every small update waits 40 ms for an acknowledgement
         for one, other in ((here, there), (there, here)):
             threading.Thread(target=self._pump, args=(one, other), daemon=True).start()
 

@@ -20,9 +20,9 @@ from geotrain.partition.flat import sha256
 from geotrain.partition.group import Directive
 from geotrain.partition.orders import Directory, SeatOrder, SeatTaken, SegmentDone, SegmentOrder
 from geotrain.partition.progress import Reporter
-from geotrain.partition.server import ParameterServer, Totals
+from geotrain.partition.server import ParameterServer, RoundRecord, Totals
 from geotrain.partition.staging import Stager
-from geotrain.partition.state import load_optimizer_state, optimizer_state, prefixed, without_prefix
+from geotrain.partition.state import about_bytes, load_optimizer_state, optimizer_state, prefixed, without_prefix
 from geotrain.partition.trainer import evaluate
 from geotrain.stores import STORE_ERRORS
 from geotrain.sync.machine import outside, round_machine
@@ -101,12 +101,17 @@ class Seat:
             transport=self._endpoint.transport,
             attend=lambda: None,
             stop_wanted=lambda: self.stop_in == self.now_in or self.lapsed_at is not None,
-            report=self.reporter.round,
+            report=self._round_made,
             bad_rounds=self.job.elastic.bad_rounds,
             event=self.reporter.event,
             after_round=lambda compute_s: self._adapt(adapter, replica, compute_s),
         )
         self.reporter.settled = self.server.settled
+
+    def _round_made(self, record: RoundRecord) -> None:
+        self.reporter.round(record)
+        if self.stager.fresh:
+            self.stager.prepare(about_bytes(self.trainer.optimizer, self.trainer.flat))
 
     def _adapt(self, adapter: BitsAdapter, replica: AnyReplica, compute_s: float) -> None:
         """With `codec: auto`: bits for the links as they are now."""

@@ -13,6 +13,9 @@ from geotrain import checkpoint
 from geotrain.checkpoint import StoredPart
 from geotrain.errors import OutputUnwritable
 
+PIECE = bytes(4 * 2**20)
+"""Taken at once: the interpreter is not held for longer than the kernel needs for so much fresh memory."""
+
 
 class Stager:
     """Of one leader. One checkpoint at a time: the next waits until the one before is written."""
@@ -26,6 +29,20 @@ class Stager:
         """Memory of the last staging."""
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
+
+    @property
+    def fresh(self) -> bool:
+        """Nothing was prepared or written yet."""
+        return self._thread is None
+
+    def prepare(self, size: int) -> None:
+        """Take memory for about so many bytes, beside training: the first staging would wait until the kernel has found it."""
+        self._thread = threading.Thread(target=self._take_memory, args=(size,), name=f"geotrain-stage-{self.region}", daemon=True)
+        self._thread.start()
+
+    def _take_memory(self, size: int) -> None:
+        while len(self._image) < size and not self._closing.is_set():
+            self._image += PIECE
 
     def stage(self, folder: str, round: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> float:
         """Copy a region's state before a round, to be written into the folder once `write` is called.

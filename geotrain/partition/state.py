@@ -26,6 +26,12 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> 
     return tensors, {**facts, "groups": groups}
 
 
+def about_bytes(optimizer: torch.optim.Optimizer, flat: FlatModel) -> int:
+    """Of a checkpoint part: the model, what all agree on, an outer optimizer, and the inner one as it is now."""
+    slots = [value for slots in optimizer.state.values() for value in slots.values() if isinstance(value, Tensor)]
+    return 3 * flat.vector.nbytes + sum(slot.nbytes for slot in slots)
+
+
 def load_optimizer_state(optimizer: torch.optim.Optimizer, flat: FlatModel, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Give an optimizer, fresh from the task, the slots that it had. Step counters stay on the CPU, as torch keeps them."""
     parameters = dict(flat.model.named_parameters())

@@ -83,9 +83,9 @@ def test_every_strategy_is_described() -> None:
 
 
 def test_the_figures_in_the_docs_come_from_committed_results() -> None:
-    from bench.figures import BLOCK, blocks
+    from bench.figures import BLOCK, pages
 
-    for page, block in blocks().items():
-        found = BLOCK.search((ROOT / page).read_text())
-        assert found is not None
-        assert found[0] == found[1] + block + found[2], f"{page}: python -m bench.figures writes them anew"
+    for page, text in pages().items():
+        found = (ROOT / page).read_text()
+        assert BLOCK.search(found), page
+        assert found == text, f"{page}: python -m bench.figures writes them anew"

@@ -39,6 +39,21 @@ def test_what_is_staged_is_what_was_there_then(tmp_path: Path, monkeypatch: pyte
     assert (note["done"], StoredPart(**note["part"]), message["staging"]) == ({"samples": 5}, part, 1)
 
 
+def test_memory_is_taken_beside_training_and_used_by_the_first_staging(tmp_path: Path) -> None:
+    stager, weights = Stager("north", lambda message: None), torch.ones(3_000_000)
+    assert stager.fresh
+    stager.prepare(weights.nbytes + 1000)
+    assert not stager.fresh
+    assert stager._thread is not None
+    stager._thread.join()
+    taken = stager._image
+    assert len(taken) > weights.nbytes
+    stager.stage(str(tmp_path), 10, {"w": weights}, {})
+    assert stager._image is taken
+    stager.write({})
+    stager.close()
+
+
 def test_the_next_waits_for_the_one_before(tmp_path: Path) -> None:
     told: list[dict[str, Any]] = []
     stager = Stager("north", told.append)
