@@ -1,7 +1,12 @@
-"""Imported first by the process that local workers are forked from (Python's fork server), and by no other: it leaves the flow's process
-group, as they do (`detach`). A signal to the group would end it, and Dask would take its workers for lost.
+"""Imported first by the process that local workers are forked from (Python's fork server), and by no other.
+
+It leaves the flow's process group, as they do (`detach`): a signal to the group would end it, and Dask would take its workers for lost.
+It computes nothing, since threads that torch begins for that are not there after a fork.
 """
 
 import os
 
+import torch
+
 os.setpgrp()
+torch.optim.SGD([torch.zeros(1)], lr=0.1)  # with its first optimizer torch imports its compiler, for a second
