@@ -4,6 +4,7 @@ python -m bench.recovery "leader hangs" "region drained": these alone, into the 
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,11 @@ def data() -> dict[str, str]:
     }
 
 
+def kill_fork_server() -> None:
+    """What all local workers are forked from."""
+    os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)  # type: ignore[attr-defined]
+
+
 @dataclass
 class Scene:
     """A run that a fault is to happen to."""
@@ -57,6 +64,7 @@ class Scene:
     """VICTIM's, of the job."""
     elsewhere: DaskProcesses | None
     """VICTIM's cluster, where that is to be lost."""
+    struck_at: float = math.inf
 
     def pid(self, worker: int = 0, region: str = VICTIM) -> int:
         partition = self.run.partitions[region]
@@ -93,8 +101,10 @@ class Scene:
         train = partition.train
 
         def differs(*args: Any) -> SegmentDone:
+            done = train(*args)
             partition.train = train  # type: ignore[method-assign]
-            return replace(train(*args), sha256="0" * 64)
+            self.struck_at = time.time()
+            return replace(done, sha256="0" * 64)
 
         partition.train = differs  # type: ignore[method-assign]
 
@@ -123,6 +133,7 @@ FAULTS: dict[str, Fault] = {
     "one worker of two killed": Fault(lambda scene: scene.kill(1), workers=2),
     "leader gets SIGTERM": Fault(lambda scene: scene.kill(number=signal.SIGTERM)),
     "all leaders killed": Fault(lambda scene: scene.kill_all()),
+    "fork server killed": Fault(lambda scene: kill_fork_server()),
     "leader hangs": Fault(lambda scene: scene.kill(number=signal.SIGSTOP), epochs=240, turns=1),
     "device fails": Fault(lambda scene: scene.fail("broken")),
     "NaN, three rounds in a row": Fault(lambda scene: scene.fail("sick"), noticed=("void_round",)),
@@ -171,24 +182,25 @@ def measure(fault: Fault) -> dict[str, float | bool]:
         if fault.comes:
             tree["regions"].remove(entry)
         run = Run.start(parse_job(tree), believe=False)
-        scene, struck = Scene(run, valve, entry, elsewhere), list[float]()
+        scene = Scene(run, valve, entry, elsewhere)
 
         def strike() -> None:
             while min(row.rounds for row in run.board.rows.values()) < SEGMENT_ROUNDS + 20:
                 time.sleep(0.02)
-            struck.append(time.time())
+            scene.struck_at = time.time()
             fault.strike(scene)
 
         conduct(run, lambda run, segment: threading.Thread(target=strike, daemon=True).start() if segment == 1 else None)
-        events = list(run.folder.lines("events.jsonl"))
-        others = sorted(r["at"] for r in run.folder.lines("rounds.jsonl") if r["region"] != VICTIM and abs(r["at"] - struck[0]) < 180)
+        at = scene.struck_at
+        events = [event for event in run.folder.lines("events.jsonl") if event["at"] > at]
+        others = sorted(r["at"] for r in run.folder.lines("rounds.jsonl") if r["region"] != VICTIM)
         found: dict[str, float | bool] = {
-            "others_wait_s": max(later - earlier for earlier, later in pairwise(others) if later > struck[0]),
+            "others_wait_s": max(later - earlier for earlier, later in pairwise(others) if later > at),
             "balanced": ledger(run.folder)["balanced"],
         }
         if fault.over:
-            found["noticed_s"] = min(event["at"] for event in events if event["event"] in fault.noticed) - struck[0]
-            found["back_s"] = max(event["at"] for event in events if event["event"] in fault.over) - struck[0]
+            found["noticed_s"] = min(event["at"] for event in events if event["event"] in fault.noticed) - at
+            found["back_s"] = max(event["at"] for event in events if event["event"] in fault.over) - at
         return found
 
 
@@ -269,8 +281,8 @@ def main() -> None:
             found = [measure(FAULTS[name]) for _ in range(FAULTS[name].turns)]
             assert all(one.pop("balanced") for one in found), found
             results[name] = {key: spread([float(one[key]) for one in found]) for key in found[0]}
-        print(f"{name:26} {results[name]}", flush=True)
-    write("recovery", results)
+        print(f"{name:34} {results[name]}", flush=True)
+        write("recovery", results)  # an hour may be lost otherwise
 
 
 if __name__ == "__main__":

@@ -2,6 +2,10 @@
 
 import logging
 import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing import forkserver
 from typing import Any
 
 import dask
@@ -10,9 +14,11 @@ from distributed.utils import get_mp_context
 
 from geotrain.job import RegionSpec
 
-IMPORTED = ["geotrain.clusters.forked", "geotrain.partition.worker"]
-"""By the process that workers are forked from, once: with torch in it that takes seconds. By name, since the second is what runs on a
-cluster, and above it."""
+METHOD = "distributed.worker.multiprocessing-method"
+METHOD_ASKED_FOR = "DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD"
+"""An environment variable by which a user says how Dask is to begin worker processes."""
+HASH_SEED = "6640"
+"""As Dask's nannies set it: strings have the same hash in every worker, and in every run."""
 
 
 class RegionLocalCluster(distributed.LocalCluster):
@@ -20,8 +26,8 @@ class RegionLocalCluster(distributed.LocalCluster):
 
     def __init__(self, spec: RegionSpec) -> None:
         self._gpus = _gpus(spec)
-        dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})  # for good: a nanny asks at every start
-        get_mp_context().set_forkserver_preload(IMPORTED)
+        if METHOD_ASKED_FOR not in os.environ:
+            _fork_workers()
         super().__init__(
             name=f"geotrain-{spec.name}",
             n_workers=0,
@@ -46,6 +52,34 @@ class RegionLocalCluster(distributed.LocalCluster):
             env = {**worker["options"].get("env", {}), "CUDA_VISIBLE_DEVICES": self._gpus[(taken + number) % len(self._gpus)]}
             spec[name] = {**worker, "options": {**worker["options"], "env": env}}
         return spec
+
+
+def _fork_workers() -> None:
+    """From here on Dask forks worker processes from Python's fork server, which has imported what they need (`forked`) and begins now.
+
+    Not to be called by two threads at once.
+    """
+    dask.config.set({METHOD: "forkserver"})
+    get_mp_context().set_forkserver_preload(["geotrain.clusters.forked"])
+    threads = {name: str(value) for name, value in dask.config.get("distributed.nanny.pre-spawn-environ").items() if value is not None}
+    path = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}  # ours, and no `code.py` of the working directory's
+    with _environment({"PYTHONHASHSEED": HASH_SEED, **threads, **os.environ, **path}):
+        forkserver.ensure_running()
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """What a process that begins meanwhile inherits."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _gpus(spec: RegionSpec) -> list[str]:

@@ -75,6 +75,9 @@ class Membership:
         self._first: SeatTaken | None = None
         """Whose model all others must have."""
         self._belong = set(view.regions)
+        self._ready: dict[str, tuple[SeatTaken, Place | None]] = {}
+        """Regions whose seat was there when the segment was over already, and the place for which it was taken: they come in with the
+        next. Where a model takes longer to build than a segment lasts they would never come back otherwise."""
         self._in_segment: set[str] = set()
         """Regions that have entered a segment, and not ended it."""
         self._behind: set[str] = set()
@@ -277,6 +280,7 @@ class Membership:
             self._tell(view)
             if not view.regions:
                 self.commits.settle(lambda: None)  # all that is still to come is the manifest
+                self._ready.clear()
                 back_to = self.rolled_back(self.manifest)
                 self._made_up.clear()
                 self.tally.back_to(back_to)
@@ -375,9 +379,10 @@ class Membership:
                 if unreachable:
                     self.partitions[region].reopen(self.plan.region(region).workers)
                     unreachable = False
-                self.partitions[region].regroup(self.plan.region(region).workers, REPLACED_S)
-                self.board.status(region, "building the model")
-                if self._take_seat_again(region, ticket, make_order):
+                if region not in self._ready:
+                    self.partitions[region].regroup(self.plan.region(region).workers, REPLACED_S)
+                    self.board.status(region, "building the model")
+                if self._take_seat_again(region, ticket, make_order) or self.roster.over(ticket):
                     return
             except AWAY as error:
                 self.board.status(region, f"lost: {error.message}")
@@ -395,14 +400,17 @@ class Membership:
             if alone and self.manifest is not None and (part is None or part.round != self.manifest.round):
                 return False  # another region has what all agreed on
             place = None if alone else self.tally.place(region)
-            view = self.roster.with_(region)
-            taken = self._seat_with(part, region, make_order, view, not alone, place)
-            if self._first is not None:
-                check_same_model(self._first, taken, values=False)
+            if alone or (taken := self._seat_ready(region, place)) is None:
+                view = self.roster.with_(region)
+                taken = self._seat_with(part, region, make_order, view, not alone, place)
+                if self._first is not None:
+                    check_same_model(self._first, taken, values=False)
             with self._lock:
                 if not alone and not self.present:
                     return False
                 if (admitted := self.roster.admit(region, ticket)) is None:
+                    if not alone:
+                        self._ready[region] = taken, place
                     return False
                 self._make_up(region)
                 self._addresses[region], view = taken.wan, admitted
@@ -414,6 +422,11 @@ class Membership:
                 self._tell(view)
         self.board.status(region, "back")
         return True
+
+    def _seat_ready(self, region: str, place: Place | None) -> SeatTaken | None:
+        """The seat that was ready too late for the segment before, if it is still what the region needs."""
+        taken, taken_for = self._ready.pop(region, (None, None))
+        return taken if taken is not None and taken_for == place and self.partitions[region].workers_are_there() else None
 
     def _seat_with(
         self, part: StoredPart | None, region: str, make_order: MakeOrder, view: View, joins: bool, place: Place | None

@@ -225,12 +225,18 @@ class Partition:
 
     def leader_is_there(self) -> bool:
         """Whether the leader's process is one that the cluster knows, and gives signs of life."""
+        return self._give_signs(self.workers[:1])
+
+    def workers_are_there(self) -> bool:
+        """The same of all workers with a seat."""
+        return self._give_signs(self.workers)
+
+    def _give_signs(self, workers: list[str]) -> bool:
         try:
             there = self._there()
         except CLIENT_ERRORS:
             return False
-        leader = self.workers[0]
-        return leader in there and self._signs.no_beat_for(leader, there[leader]) is None
+        return all(worker in there and self._signs.no_beat_for(worker, there[worker]) is None for worker in workers)
 
     def vacate(self) -> None:
         """Give up the seats, to take others."""

@@ -110,8 +110,9 @@ class Seat:
 
     def _round_made(self, record: RoundRecord) -> None:
         self.reporter.round(record)
-        if self.stager.fresh:
-            self.stager.prepare(about_bytes(self.trainer.optimizer, self.trainer.flat))
+        if self.stager.fresh and self.server is not None:
+            outer = replica.momentum if isinstance(replica := self.server.replica, MergeReplica) else None
+            self.stager.prepare(about_bytes(self.trainer.optimizer, self.trainer.flat, outer))
 
     def _adapt(self, adapter: BitsAdapter, replica: AnyReplica, compute_s: float) -> None:
         """With `codec: auto`: bits for the links as they are now."""

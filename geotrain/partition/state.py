@@ -26,10 +26,10 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> 
     return tensors, {**facts, "groups": groups}
 
 
-def about_bytes(optimizer: torch.optim.Optimizer, flat: FlatModel) -> int:
-    """Of a checkpoint part: the model, what all agree on, an outer optimizer, and the inner one as it is now."""
+def about_bytes(optimizer: torch.optim.Optimizer, flat: FlatModel, outer: Tensor | None) -> int:
+    """Of a checkpoint part: the model, what all agree on or know of it, the inner optimizer as it is now, and the outer one's momentum."""
     slots = [value for slots in optimizer.state.values() for value in slots.values() if isinstance(value, Tensor)]
-    return 3 * flat.vector.nbytes + sum(slot.nbytes for slot in slots)
+    return 2 * flat.vector.nbytes + sum(slot.nbytes for slot in [*slots, *([] if outer is None else [outer])])
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, flat: FlatModel, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:

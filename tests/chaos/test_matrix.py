@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -41,12 +42,17 @@ def kill_again(run: Run, rng: random.Random, valves: dict[str, Valve]) -> None:
     """The one that brings the first back, or the one that is being brought back, or another."""
     first = rng.choice(REGIONS)
     os.kill(pid_of(run, first), signal.SIGKILL)
-    time.sleep(rng.uniform(0, 6))
+    time.sleep(rng.uniform(0, 1))
     try:
         victim = pid_of(run, rng.choice(REGIONS))
     except (OSError, KeyError, ValueError):  # it has no worker at the moment
         return
     os.kill(victim, signal.SIGKILL)
+
+
+def kill_fork_server(run: Run, rng: random.Random, valves: dict[str, Valve]) -> None:
+    """What all local workers are forked from: they end with it."""
+    os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)  # type: ignore[attr-defined]
 
 
 def hang(run: Run, rng: random.Random, valves: dict[str, Valve]) -> None:
@@ -77,6 +83,7 @@ STRIKES: dict[str, Strike] = {
     "two killed": kill_two,
     "all killed": kill_all,
     "killed again": kill_again,
+    "fork server killed": kill_fork_server,
     "one hangs": hang,
     "link cut": cut,
     "notice": give_notice,

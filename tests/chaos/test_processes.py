@@ -37,7 +37,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "streaming": {"strategy": "streaming", "every": 4, "fragments": 2, "overlap_steps": 1, "codec": "int8"},
     "asgd_ga": {"strategy": "asgd_ga", "every": 4},
 }
-EPOCHS = 60
+EPOCHS = 40
 LR = {"asgd_ga": 0.003}
 """A push adds up what three regions learned: with 0.01 the loss swings between 0.1 and 1 however long it trains."""
 
@@ -176,16 +176,16 @@ def test_one_of_two_workers_is_killed_and_replaced_at_the_next_segment(
     tmp_path: Path, worker: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Worker 0 is the leader: the region goes on with another."""
-    regroup, regrouped = Partition.regroup, list[str]()
+    usable = Partition._usable
 
-    def with_one_at_first(self: Partition, workers: int, patience_s: float) -> int:
-        regrouped.append(self.region)
-        return regroup(self, 1 if len(regrouped) == 1 else workers, patience_s)
+    def slow_to_replace(self: Partition) -> list[str]:
+        return [there for there in usable(self) if there in self.workers or events(run, "back")]
 
     if hangs := number == signal.SIGSTOP:
         monkeypatch.setattr("geotrain.plan.planner.LEAST_HANG_S", 3.0)
     else:
-        monkeypatch.setattr(Partition, "regroup", with_one_at_first)  # a cluster that takes its time to replace the other
+        monkeypatch.setattr("geotrain.members.membership.REPLACED_S", 0.5)
+        monkeypatch.setattr(Partition, "_usable", slow_to_replace)
     regions = ("north", "south", "west")[: 2 + hangs]  # two that go on take longer than one: it must come back in time
     job = job_of(tmp_path, "ma", regions=regions, train={"batch_size": 10, "epochs": (1 + hangs) * EPOCHS, "seed": 3})
     tree = job.to_dict()
@@ -320,9 +320,16 @@ def test_all_regions_lost_at_once_go_on_from_the_last_checkpoint(tmp_path: Path)
     assert summary["samples"] == EPOCHS * 400
 
 
-def test_below_the_quorum_the_run_pauses_with_a_checkpoint(tmp_path: Path) -> None:
+def test_below_the_quorum_the_run_pauses_with_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = {"segment_rounds": 10**6}
     run = Run.start(job_of(tmp_path, "asgd_ga", regions=("north", "south"), elastic={"quorum": 2}, schedule=whole))
+    regroup = Partition.regroup
+
+    def late(self: Partition, *args: Any) -> int:
+        wait_for(lambda: not run.membership._in_segment)
+        return regroup(self, *args)
+
+    monkeypatch.setattr(Partition, "regroup", late)
     conduct(run, in_mid_run(lambda run: os.kill(pid_of(run, "south"), signal.SIGKILL)))
     lost = run.board.stages
     assert any(stage == "recovering: waiting for south" for stage, _ in lost), lost
