@@ -1,14 +1,13 @@
 """Membership: regions are lost and come back while the others train. Who notices, what is told to whom, and where each goes on."""
 
 import threading
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from geotrain.checkpoint import Manifest, StoredPart
 from geotrain.errors import (
     BadCheckpoint,
+    CannotListen,
     CheckpointUnreadable,
     ClusterError,
     ClusterUnreachable,
@@ -20,12 +19,11 @@ from geotrain.errors import (
 )
 from geotrain.job import JobSpec
 from geotrain.members.commits import Commits
-from geotrain.members.cuts import Cuts, Pair, to_leave
+from geotrain.members.links import Links
 from geotrain.members.roster import Roster
 from geotrain.members.tally import Tally
 from geotrain.partition.orders import Directory, Place, SeatOrder, SeatTaken
 from geotrain.partition.partition import Control, Partition
-from geotrain.partition.ways import directory_of, others_with_a_choice
 from geotrain.plan.planner import Plan
 from geotrain.report.board import Board
 from geotrain.report.folder import RunFolder
@@ -33,13 +31,11 @@ from geotrain.sync.messages import View
 
 REPLACED_S = 3.0
 """How long a cluster gets to replace a worker before the region goes on with those that are left."""
-LOOK_AGAIN_S = 5.0
-"""Between two looks at who reaches whom, while somebody is silent."""
 AGAIN_S = 1.0
 """Between two attempts to bring a region back."""
 
-AWAY = (ClusterError, CheckpointUnreadable)
-"""What a region may come back from."""
+AWAY = (ClusterError, CheckpointUnreadable, CannotListen)
+"""What a region may come back from; a port may still be held by the process that was lost."""
 
 MakeOrder = Callable[..., SeatOrder]
 """Called with (region, rank, world, rendezvous, view, restore, joins, place)."""
@@ -65,13 +61,11 @@ class Membership:
         self.commits, self.rolled_back = commits, rolled_back
         self.roster = Roster(control.run, view, job.quorum_of(len(view.regions)))
         self.tally = Tally()
-        self.directory = Directory({}, {})
+        self.links = Links(job, partitions, folder, lambda: self.roster.view, plan.give_up_s)
         self._lost_since: dict[str, int] = {}
         """Regions of which a seat was lost, and the round at which that segment began: their rows in rounds that the others hold are to
         be counted still."""
         self._made_up: dict[str, int] = {}
-        self._addresses: dict[str, dict[str, str]] = {}
-        self._tried: dict[str, Mapping[str, str | None]] = {}
         self._first: SeatTaken | None = None
         """Whose model all others must have."""
         self._belong = set(view.regions)
@@ -82,14 +76,6 @@ class Membership:
         """Regions that have entered a segment, and not ended it."""
         self._behind: set[str] = set()
         """Regions that came in and have not shown yet that they were brought up to date."""
-        self.cuts = Cuts(plan.give_up_s)
-        self._cut_off: dict[str, list[str]] = {}
-        """Region -> those that cannot reach it."""
-        self._left_at: dict[str, tuple[str, set[Pair]]] = {}
-        """Region -> where its last endpoint was, and the links from and to it that were dialled then."""
-        self._looking: threading.Thread | None = None
-        self._looked_at = -LOOK_AGAIN_S
-        self._closed = False
         self._lock = threading.RLock()
         """Of who is in, and where they are."""
         self._seating = threading.Lock()
@@ -112,14 +98,7 @@ class Membership:
         for other in seats[1:]:
             check_same_model(seats[0], other, values=self.manifest is None)
         self._first = next(iter(seats), None)
-        self._addresses = {seat.region: seat.wan for seat in seats}
-        names = [seat.region for seat in seats]
-        self._tried = dict(zip(names, in_every_region(self._try_links, regions=names) if names else [], strict=True))
-        self.directory = self._directory(self.roster.view)
-        for region, dialled in self._tried.items():
-            for to, why in dialled.items():
-                way = self.directory.ways[f"{region}>{to}"]
-                self.folder.event("link", region=region, to=to, transport=way, why=why or "the leader can dial it")
+        self.links.introduce(seats, in_every_region)
         for seat in seats:
             self._seated(seat)
         if self.manifest is not None:
@@ -127,23 +106,6 @@ class Membership:
             if self._behind:
                 self.roster.begin_again()
         self.folder.flush()
-
-    def _try_links(self, region: str) -> dict[str, str | None]:
-        """Other region -> why the leader cannot dial it, None where it can; of the links that have a choice."""
-        there = {
-            other: self._addresses[other]["flight"]
-            for other in others_with_a_choice(self.job, region)
-            if "flight" in self._addresses.get(other, {})
-        }
-        try:
-            return self.partitions[region].reach(there) if there else {}
-        except ClusterUnreachable:  # it is lost by now, and that is noticed when it is to train
-            return dict.fromkeys(there, "its leader cannot be asked")
-
-    def _directory(self, view: View) -> Directory:
-        return directory_of(
-            self.job, {region: self._addresses[region] for region in view.regions if region in self._addresses}, self._tried
-        )
 
     def _seated(self, seat: SeatTaken) -> None:
         self.tally.seated(seat.region, seat.cursor, seat.round)
@@ -171,7 +133,7 @@ class Membership:
             with self._lock:
                 if region in self.roster.view.regions:
                     self._in_segment.add(region)
-                    return self.roster.view, self.directory
+                    return self.roster.view, self.links.directory
 
     def _check_end(self, ticket: int) -> None:
         """While regions are waited for: below the quorum, with nothing under way, there is nothing to drain. Raises Stopped."""
@@ -187,62 +149,15 @@ class Membership:
             self._behind.discard(region)
         self.tally.heard(region, rounds, message.get("settled", {}))
         if "silent" in message:
-            self.cuts.heard(region, message["silent"])
-            looking = self._looking is not None and self._looking.is_alive()
-            if self.cuts.suspected(self.present) and not looking and time.monotonic() - self._looked_at > LOOK_AGAIN_S:
-                self._looked_at = time.monotonic()
-                self._looking = threading.Thread(target=self._look, args=(self.roster.view,), name="geotrain-links", daemon=True)
-                self._looking.start()
-
-    def _look(self, view: View) -> None:
-        """Which leaders can dial each other now; who cannot be reached by the others is told to end."""
-        flights, addresses = self._flights(view.regions), dict(self._addresses)
-
-        def cut_from(region: str) -> set[Pair]:
-            there = {b: addresses[b]["flight"] for a, b in flights if a == region and b in addresses}
-            try:
-                return {(region, b) for b, why in self.partitions[region].reach(there).items() if why}
-            except ClusterUnreachable:
-                return set()  # it is being lost otherwise
-
-        with ThreadPoolExecutor(max_workers=len(view.regions)) as threads:
-            cut = set().union(*threads.map(cut_from, view.regions))
-        if self._closed or self.roster.view.epoch != view.epoch:
-            return
-        for gone, others in to_leave(cut, view.regions).items():
-            self._cut_off[gone] = others
-            self.partitions[gone].tell_abort()
-
-    def _flights(self, regions: Sequence[str]) -> set[Pair]:
-        """The links between these that are dialled."""
-        return {(a, b) for a in regions for b in regions if self.directory.ways.get(f"{a}>{b}") == "flight"}
+            self.links.heard(region, message["silent"])
 
     def close(self) -> None:
         """Nobody is told to end any more: the run ends, or all take their seats anew."""
-        self._closed = True
+        self.links.close()
 
     def join(self) -> None:
         """Once the clusters are closed, which ends what waits for them."""
-        if self._looking is not None:
-            self._looking.join()
-
-    def cut_off(self, region: str) -> GeotrainError | None:
-        """Why a region's leader was told to end, if it cannot be reached by others."""
-        if (others := self._cut_off.get(region)) is None:
-            return None
-        return PeerUnreachable(", ".join(others), region, self._addresses.get(region, {}).get("flight", "its address"), "silence")
-
-    def _heals(self, region: str) -> bool:
-        """Whether a region that was cut off and those that are in can dial each other again, where they could before."""
-        address, before = self._left_at[region]
-        to = {b: self._addresses[b]["flight"] for a, b in before if a == region and "flight" in self._addresses.get(b, {})}
-        back = [a for a, b in before if b == region and a in self.present]
-        try:
-            if any(self.partitions[region].reach(to).values()):
-                return False
-            return not any(self.partitions[other].reach({region: address})[region] for other in back)
-        except ClusterUnreachable:
-            return True  # its process, or another, is gone: the way back is that of any other loss
+        self.links.join()
 
     def end(self, region: str, ticket: int, view: View) -> bool:
         """At a segment's end; False: the view has changed, and the region must enter again."""
@@ -258,13 +173,9 @@ class Membership:
         self.commits.lost(region)
         self._in_segment.discard(region)
         with self._lock:
-            self.cuts.forget(region)
             before = self.present
             view = self.roster.lose(region)
-            if not isinstance(error, PeerUnreachable):
-                self._cut_off.pop(region, None)
-            address = self._addresses.pop(region, {}).get("flight", "")
-            self._left_at[region] = address, {pair for pair in self._flights(before) if region in pair}
+            self.links.left(region, before, cut_off=isinstance(error, PeerUnreachable))
             self._behind.discard(region)
             self._lost_since.setdefault(region, round)
             self.folder.event("lost", region=region, message=error.message)
@@ -272,7 +183,7 @@ class Membership:
                 for other in view.regions:
                     self._behind.discard(other)
                     self._in_segment.discard(other)
-                    self._addresses.pop(other, None)
+                    self.links.forget(other)
                     self.folder.event("lost", region=other, message=f"{region} was to bring it up to date")
                     self.partitions[other].tell_abort()
                     self.commits.lost(other)
@@ -307,7 +218,7 @@ class Membership:
             self._belong.discard(region)
             self.roster.quorum = self.job.quorum_of(len(self._belong))
             view = self.roster.lose(region)
-            self._addresses.pop(region, None)
+            self.links.forget(region)
             self._tell(view)
 
     def short_of_workers(self) -> list[str]:
@@ -340,18 +251,18 @@ class Membership:
                 view = self.roster.begin_again()
                 taken = self._seat_with(self.manifest.part(region), region, make_order, view, not alone, None)
                 with self._lock:
-                    self._addresses[region] = taken.wan
+                    self.links.came(region, taken.wan)
                     self._seated(taken)
                     self._tell(view)
         except AWAY as error:
             self.lost(region, error, self.manifest.round)
 
     def _tell(self, view: View) -> None:
-        self.directory = self._directory(view)
+        self.links.settle(view)
         self.folder.event("view", epoch=view.epoch, regions=view.regions, owners=view.owners, quorum=self.roster.quorum)
         self.board.enter(self.stage)
         for region in view.regions:
-            self.partitions[region].tell_view(view, self.directory)
+            self.partitions[region].tell_view(view, self.links.directory)
         self.folder.flush_soon()
 
     @property
@@ -370,12 +281,12 @@ class Membership:
             self.roster.check_quorum(self.job.elastic.give_up_after_s)
             self.board.status(region, "waiting for a worker")
             try:
-                if region in self._cut_off:
-                    self.board.status(region, f"cut off from {', '.join(self._cut_off[region])}")
-                    if not self._heals(region):
+                if (others := self.links.cut_off.get(region)) is not None:
+                    self.board.status(region, f"cut off from {', '.join(others)}")
+                    if not self.links.heal(region):
                         self.control.abort.wait(AGAIN_S)
                         continue
-                    del self._cut_off[region]
+                    del self.links.cut_off[region]
                 if unreachable:
                     self.partitions[region].reopen(self.plan.region(region).workers)
                     unreachable = False
@@ -401,8 +312,7 @@ class Membership:
                 return False  # another region has what all agreed on
             place = None if alone else self.tally.place(region)
             if alone or (taken := self._seat_ready(region, place)) is None:
-                view = self.roster.with_(region)
-                taken = self._seat_with(part, region, make_order, view, not alone, place)
+                taken = self._seat_with(part, region, make_order, self.roster.with_(region), not alone, place)
                 if self._first is not None:
                     check_same_model(self._first, taken, values=False)
             with self._lock:
@@ -413,13 +323,13 @@ class Membership:
                         self._ready[region] = taken, place
                     return False
                 self._make_up(region)
-                self._addresses[region], view = taken.wan, admitted
+                self.links.came(region, taken.wan)
                 if not alone:
                     self._behind.add(region)
                 missed = max(0, self.tally.newest() - taken.round)
                 self._seated(taken)
                 self.folder.event("back", region=region, round=taken.round, missed=missed)
-                self._tell(view)
+                self._tell(admitted)
         self.board.status(region, "back")
         return True
 

@@ -58,7 +58,7 @@ class Training(Seating):
             except Stopped:
                 if self.control.abort.is_set():
                     raise
-                if (cut_off := self.membership.cut_off(region)) is not None:
+                if (cut_off := self.membership.links.why_cut_off(region)) is not None:
                     self.membership.lost(region, cut_off, self.round)
                 elif region in self.present:
                     silent = WorkerLost(region, self.partitions[region].workers[0], "it heard nothing of this process and gave up")
@@ -260,6 +260,6 @@ class Training(Seating):
 
     def merge_fully(self, region: str) -> str:
         self.board.enter("final merge")
-        digest, traffic, seconds = self.partitions[region].merge_fully(self.membership.directory)
+        digest, traffic, seconds = self.partitions[region].merge_fully(self.membership.links.directory)
         self.accounts.add(region, traffic, seconds=seconds)
         return digest

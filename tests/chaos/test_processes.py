@@ -4,7 +4,6 @@ import logging
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,10 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from distributed import LocalCluster
+from distributed import Future, LocalCluster
 from safetensors.torch import load_file
 
 from geotrain.charge import ask
@@ -114,6 +114,44 @@ def test_a_leader_is_killed_and_comes_back(tmp_path: Path, strategy: str, victim
     assert found["balanced"], found
     counted = {name: sum(row["once"] for row in found["regions"] if row["region"] == name) for name in ("north", "south", "west")}
     assert {row["region"]: row["samples"] for row in summary["regions"]} == counted
+
+
+def test_a_region_whose_model_takes_longer_to_build_than_a_segment_lasts_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, take_seats = Run.start(job_of(tmp_path, "ma", schedule={"segment_rounds": 20})), Partition.take_seats
+
+    def slowly(self: Partition, *args: Any) -> Any:
+        ticket = run._ticket
+        taken = take_seats(self, *args)
+        if events(run, "lost"):
+            wait_for(lambda: run.membership.roster.over(ticket))
+        return taken
+
+    monkeypatch.setattr(Partition, "take_seats", slowly)
+    conduct(run, in_mid_run(lambda run: os.kill(pid_of(run, "south"), signal.SIGKILL), round=50))
+    assert [event["region"] for event in events(run, "back")] == ["south"]
+    assert "south" in [event["region"] for event in events(run, "healed")]
+    assert ledger(run.folder)["balanced"]
+
+
+def test_a_worker_that_dies_as_soon_as_it_has_finished_its_segment_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it could hand over what it did."""
+    run, result, victims = Run.start(job_of(tmp_path, "ma")), Future.result, list[int]()
+
+    def dies_first(self: Future, *args: Any, **more: Any) -> Any:
+        partition = run.partitions.get("south")
+        if victims and partition is not None and self.client is partition.client:
+            os.kill(pid := victims.pop(), signal.SIGKILL)
+            wait_for(lambda: not psutil.pid_exists(pid))
+            time.sleep(0.2)
+        return result(self, *args, **more)
+
+    monkeypatch.setattr(Future, "result", dies_first)
+    conduct(run, in_mid_run(lambda run: victims.append(pid_of(run, "south"))))
+    assert not victims
+    assert [event["region"] for event in events(run, "lost")] == [event["region"] for event in events(run, "back")] == ["south"]
+    assert ledger(run.folder)["balanced"]
 
 
 @pytest.mark.parametrize(
@@ -376,8 +414,7 @@ class DaskProcesses:
     """A scheduler and a worker as processes, as an operator runs them; both can be ended and begun again at the same address."""
 
     def __init__(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.processes: list[subprocess.Popen[bytes]] = []
         self.start()
 

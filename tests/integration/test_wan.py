@@ -194,7 +194,7 @@ def test_strangers_are_refused_and_named_and_the_run_goes_on(tmp_path: Path) -> 
     def knock(run: Run, segment: int) -> None:
         if segment == 2:
             identity = Identity("other", "north", "a token", "a model", 1, frozenset(("north", "south")), 1000)
-            address = run.membership.directory.addresses["south"]["flight"]
+            address = run.membership.links.directory.addresses["south"]["flight"]
             stranger = FlightTransport(identity, "127.0.0.1:0", {"south": address}, give_up_s=5)
             strangers.append(stranger)
             stranger.send("south", Update(Kind.PUSH, 1, "north", 0), torch.zeros(10, dtype=torch.uint8))
