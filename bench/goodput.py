@@ -31,7 +31,7 @@ from tests.s3 import free_port
 from tests.valve import Valve
 
 WORKERS = {"north": 2, "south": 1, "west": 1}
-TURNS = {60.0: 3, 30.0: 1, 15.0: 1}
+TURNS = {60.0: 2, 30.0: 1, 15.0: 1}
 """Mean time between failures -> runs; of plain DDP the first alone."""
 WINDOW_S = 105.0
 """About what a run takes. A turn goes on in the process of faults where the one before ended."""
