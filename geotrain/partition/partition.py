@@ -316,11 +316,13 @@ class Partition:
                     self._tell("watched")
                 self._check_workers(futures, workers or self.workers, doing)
             time.sleep(POLL_S if len(futures) > 1 else 0.02)
+        patience_s = WORKERS_CHECK_S
         while all(future.status == "finished" for future in futures):
             try:
-                return [future.result(timeout=WORKERS_CHECK_S) for future in futures]
+                return [future.result(timeout=patience_s) for future in futures]
             except CLIENT_ERRORS:  # a worker that dies as soon as it has finished: Dask would wait for another at its address for ever
                 self._check_workers(futures, workers or self.workers, doing)
+            patience_s *= 2  # it is there: the answer is long, or the way
         raise self._why(futures, workers or self.workers, doing)
 
     def _pass_on_stop(self) -> None:
