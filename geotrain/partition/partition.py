@@ -36,9 +36,9 @@ Listener = Callable[[str, dict[str, Any]], None]
 class Control:
     """What the control plane wants of all partitions of a run: to go on, to stop at an agreed round, or to end at once."""
 
-    def __init__(self, run: str, lease: Callable[[], int] = lambda: 0) -> None:
-        """`lease`: the number of the lease that this process holds on the run."""
-        self.run, self._lease = run, lease
+    def __init__(self, run: str, lease: Callable[[], int] = lambda: 0, fence: Callable[[], None] = lambda: None) -> None:
+        """`lease`: the number of the lease that this process holds on the run. `fence`: raises RunTaken where another process has it."""
+        self.run, self._lease, self.fence = run, lease, fence
         self.stop = threading.Event()
         self.turn = threading.Event()
         """The segment is to end early, at an agreed round, and the run to go on with another plan."""
@@ -284,7 +284,8 @@ class Partition:
                 self._restart(silent)
 
     def _restart(self, workers: list[str]) -> None:
-        """By their nannies; one without is not used again."""
+        """By their nannies; one without is not used again. Raises RunTaken."""
+        self.control.fence()  # who slept and was overtaken finds them busy with somebody else's work
         self._unusable.update(workers)
         with suppress(*CLIENT_ERRORS):
             told = self.client.restart_workers(workers, timeout=SETTLE_S, raise_for_error=False)

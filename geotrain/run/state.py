@@ -45,7 +45,7 @@ class RunState:
         self.charge = Charge(self.id, folder.url, self._asked)
         folder.fence = self.charge.check_after_sleep
         self.strategy = strategy_of(job.sync, len(job.regions))
-        self.control = Control(self.id, lambda: self.charge.number)
+        self.control = Control(self.id, lambda: self.charge.number, self.charge.check_after_sleep)
         self.board = Board(tuple(region.name for region in job.regions))
         self.warm_start: registry.Version | None = None
         self.inventory: dict[str, tuple[Inventory, Inventory | None]] = {}

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from geotrain.errors import ClusterTooSmall, ClusterUnreachable
+from geotrain.errors import ClusterTooSmall, ClusterUnreachable, RunTaken
 from geotrain.partition.partition import Control, Partition
 from tests.making import points_job
 
@@ -64,3 +64,13 @@ def test_a_scheduler_that_is_gone_is_a_cluster_that_cannot_be_reached(partition:
     cluster.there.clear()
     with pytest.raises(ClusterUnreachable, match="region north"):
         partition.scale(1)
+
+
+def test_who_was_overtaken_ends_nobodys_workers(tmp_path: Path, cluster: Any) -> None:
+    def taken() -> None:
+        raise RunTaken("run", "another process")
+
+    partition = Partition(points_job(tmp_path), "north", cluster, Control("run", fence=taken), lambda region, message: None)
+    with pytest.raises(RunTaken):
+        partition._restart(["a"])
+    assert partition.regroup(3, 0.0) == 3
