@@ -20,7 +20,7 @@ SIZES = {"45 MB": (45e6, 1024, 16), "1 GB": (1e9, 4096, 1)}
 """Bytes of parameters, width of a layer, rows of a batch."""
 SEGMENT_S = 10.0
 """The default of `schedule.segment_s`."""
-TURNS = 5
+TURNS = 3
 
 
 class Training:
