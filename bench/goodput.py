@@ -34,7 +34,7 @@ WORKERS = {"north": 2, "south": 1, "west": 1}
 TURNS = {60.0: 2, 30.0: 1, 15.0: 1}
 """Mean time between failures -> runs; of plain DDP the first alone."""
 WINDOW_S = 105.0
-"""How far further into the process of faults each turn begins; no run takes longer where nothing fails."""
+"""How far further into the process of faults each turn begins."""
 SEED = 1
 """The first that strikes as often in the first window as is to be expected: 2, 4 and 7 times."""
 WORKLOADS: dict[str, tuple[int | None, dict[str, Any]]] = {
