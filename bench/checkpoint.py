@@ -1,6 +1,7 @@
 """What a checkpoint costs training: 45 MB and 1 GB, staged beside the steps, next to `torch.save` between them; and reading it back."""
 
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ SIZES = {"45 MB": (45e6, 1024, 16), "1 GB": (1e9, 4096, 1)}
 """Bytes of parameters, width of a layer, rows of a batch."""
 SEGMENT_S = 10.0
 """The default of `schedule.segment_s`."""
-TURNS = 3
+TURNS = 5
 
 
 class Training:
@@ -66,7 +67,7 @@ def measure(size: str) -> dict[str, Any]:
 
         ways: dict[str, Callable[[], float]] = {"nothing": lambda: 0.0, "staged": staged, "torch.save": saved}
         stager.prepare(sum(tensor.nbytes for tensor in training.model.state_dict().values()))  # as a seat does in its first round
-        training.segment(lambda: 0.0)
+        _, beside = training.segment(lambda: 0.0)
         first_stall_s, _ = training.segment(staged)
         training.segment(saved)
         stalls: dict[str, list[float]] = {name: [] for name in ways}
@@ -82,6 +83,7 @@ def measure(size: str) -> dict[str, Any]:
         return {
             "stall_s": {name: spread(stalls[name]) for name in ("staged", "torch.save")},
             "first stall_s": first_stall_s,
+            "steps while memory is taken / steps without": beside / statistics.median(speeds["nothing"]),
             "stall of a segment": {name: spread([s / SEGMENT_S for s in stalls[name]]) for name in ("staged", "torch.save")},
             "steps / steps without a checkpoint": {
                 name: spread([a / b for a, b in zip(speeds[name], speeds["nothing"], strict=True)]) for name in ("staged", "torch.save")

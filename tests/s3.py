@@ -12,7 +12,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import pytest
 import s3fs
@@ -29,31 +29,46 @@ def free_port() -> int:
     raise AssertionError("no port is free")
 
 
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[str]:
+@contextmanager
+def moto() -> Iterator[str]:
     """The endpoint's URL. Credentials and endpoint are in the environment, as on a user's workers."""
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     url = f"http://127.0.0.1:{port}"
-    settings = {"AWS_ENDPOINT_URL_S3": url, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ |= settings
+    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
     try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"{url}/moto-api/", timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None, "moto's server ended"
-                time.sleep(0.1)
-        yield url
+        with environment(AWS_ENDPOINT_URL_S3=url, **keys):
+            for _ in range(300):
+                try:
+                    urllib.request.urlopen(f"{url}/moto-api/", timeout=1).close()
+                    break
+                except OSError:
+                    assert process.poll() is None, "moto's server ended"
+                    time.sleep(0.1)
+            yield url
     finally:
         process.terminate()
         process.wait()
+
+
+@contextmanager
+def environment(**settings: str) -> Iterator[None]:
+    """With these variables, until it ends."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ |= settings
+    try:
+        yield
+    finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    with moto() as url:
+        yield url
 
 
 @pytest.fixture(scope="session")
@@ -129,14 +144,20 @@ class Flaky:
         self.server.server_close()
 
 
-@pytest.fixture
-def flaky(s3_server: str, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flaky]:
+@contextmanager
+def failing(url: str) -> Iterator[Flaky]:
     """The S3 server of the environment, through a proxy that can be told to fail."""
-    proxy = Flaky(s3_server)
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
+    proxy = Flaky(url)
     s3fs.S3FileSystem.clear_instance_cache()
     try:
-        yield proxy
+        with environment(AWS_ENDPOINT_URL_S3=proxy.url):
+            yield proxy
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
         proxy.close()
+
+
+@pytest.fixture
+def flaky(s3_server: str, bucket: str) -> Iterator[Flaky]:
+    with failing(s3_server) as proxy:
+        yield proxy

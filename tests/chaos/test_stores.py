@@ -6,6 +6,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,33 +53,48 @@ def test_a_bucket_that_answers_500_for_a_while(tmp_path: Path, flaky: Flaky, buc
     assert ledger(run.folder)["balanced"]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Of 4 MiB."""
+@contextmanager
+def small_disk(disk: Path, megabytes: int) -> Iterator[None]:
+    """Raises OSError where none can be mounted."""
     if os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root")
-    disk = tmp_path / "disk"
+        raise PermissionError("mounting a small disk needs root")
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True).returncode != 0:
-        pytest.skip("this machine mounts no tmpfs")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(disk)], capture_output=True).returncode != 0:
+        raise OSError("this machine mounts no tmpfs")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_disk_that_is_full_for_a_while(tmp_path: Path, small_disk: Path) -> None:
-    tree = job_of(tmp_path, "ma", regions=("north", "south"), schedule={"segment_rounds": 50}).to_dict()
-    tree["output"] = {"url": str(small_disk / "runs")}
-    run = Run.start(JobSpec.model_validate(tree))
-    ballast, freed = small_disk / "ballast", list[int]()
+def fill(ballast: Path) -> None:
+    """All that is left of a disk."""
+    with suppress(OSError), ballast.open("wb") as file:
+        while True:
+            file.write(bytes(65536))
+            file.flush()
 
-    def fill(run: Run) -> None:
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """Of 4 MiB."""
+    with ExitStack() as stack:
         try:
-            with ballast.open("wb") as file:
-                while True:
-                    file.write(bytes(65536))
-                    file.flush()
-        except OSError:
-            at = run.round
+            stack.enter_context(small_disk(disk := tmp_path / "disk", megabytes=4))
+        except OSError as error:
+            pytest.skip(str(error))
+        yield disk
+
+
+def test_a_disk_that_is_full_for_a_while(tmp_path: Path, disk: Path) -> None:
+    tree = job_of(tmp_path, "ma", regions=("north", "south"), schedule={"segment_rounds": 50}).to_dict()
+    tree["output"] = {"url": str(disk / "runs")}
+    run = Run.start(JobSpec.model_validate(tree))
+    ballast, freed = disk / "ballast", list[int]()
+
+    def fills(run: Run) -> None:
+        fill(ballast)
+        at = run.round
 
         def free() -> None:
             while run.board.rows["north"].rounds < at + 70:  # training goes on meanwhile
@@ -89,7 +105,7 @@ def test_a_disk_that_is_full_for_a_while(tmp_path: Path, small_disk: Path) -> No
 
         threading.Thread(target=free).start()
 
-    summary = conduct(run, in_mid_run(fill, round=60))
+    summary = conduct(run, in_mid_run(fills, round=60))
     assert summary["rounds"] == run.plan.rounds  # type: ignore[union-attr]
     assert freed
     assert events(run, "checkpoint")[-1]["round"] == run.plan.rounds  # type: ignore[union-attr]

@@ -98,10 +98,10 @@ def serving(folder: Path) -> Iterator[Server]:
             end(server.process)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@contextlib.contextmanager
+def working(folder: Path) -> Iterator[Server]:
     """With a worker, and the deployments made."""
-    with serving(tmp_path_factory.mktemp("server")) as server:
+    with serving(folder) as server:
         server.run("work-pool", "create", "geotrain", "--type", "process")
         server.run("--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml")
         worker = server.start("worker", "start", "--pool", "geotrain")
@@ -109,6 +109,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             yield server
         finally:
             end(worker)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with working(tmp_path_factory.mktemp("server")) as server:
+        yield server
 
 
 @pytest.fixture
