@@ -14,13 +14,13 @@ from typing import Any
 
 import s3fs
 
-from bench.failing import flip_a_bit_of_the_next_state, never_write_a_part
 from geotrain.charge import ask
 from geotrain.errors import GeotrainError, OutputUnwritable
 from geotrain.partition.partition import Partition
 from geotrain.run import Run
 from tests.chaos.test_processes import DaskProcesses, wait_for
 from tests.chaos.test_stores import fill, small_disk
+from tests.points import flip_a_bit_of_the_next_state, never_write_a_part
 from tests.s3 import BUCKET, failing, moto
 from tests.valve import Valve
 

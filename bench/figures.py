@@ -212,7 +212,8 @@ def checkpoints(found: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        f"For the first checkpoint of a seat it waits {first}; memory for it is taken beside the first ten seconds, at {beside} of the speed.",
+        f"For the first checkpoint of a seat it waits {first}; memory for it is taken beside the first steps: {beside} of the steps per",
+        "second in ten seconds.",
     ]
 
 

@@ -6,13 +6,14 @@ from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.conduct import named_after_job, stops_in_order
-from flows.train import MOST_REGIONS, locate_and_plan
+from flows.train import MOST_REGIONS, ended, locate_and_plan
+from geotrain.errors import Stopped
 from geotrain.job import load_job
 from geotrain.run import Run, taken_over
 
 
 @flow(name="geotrain-plan", flow_run_name=named_after_job, task_runner=ThreadPoolTaskRunner(max_workers=MOST_REGIONS))
-def geotrain_plan(job: str, overrides: dict[str, Any] | None = None, run: str = "") -> dict[str, Any]:
+def geotrain_plan(job: str, overrides: dict[str, Any] | None = None, run: str = "") -> Any:
     """Analyse where the data is and how fast the workers are, and print the plan.
 
     Args:
@@ -21,6 +22,9 @@ def geotrain_plan(job: str, overrides: dict[str, Any] | None = None, run: str = 
         run: Id of a run that the calling process has begun already; leave it empty.
     """
     with taken_over(run, lambda: Run.start(load_job(job, overrides))) as this, stops_in_order(this):
-        locate_and_plan(this)
+        try:
+            locate_and_plan(this)
+        except Stopped as stopped:
+            return ended(this, stopped)
         assert this.plan is not None
         return this.plan.to_dict()

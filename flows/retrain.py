@@ -29,16 +29,16 @@ def geotrain_retrain(job: str, overrides: dict[str, Any] | None = None, resume: 
         if this.job.registry is None:
             raise JobError("retraining needs a registry: add `registry: {url: ..., model: ...}` to the job")
         champion = registry.champion(this.job.registry.url, this.job.registry.model)
-        locate_and_plan(this)
-        if this.resumed is None and not this.has_new_data(since=champion):
-            assert champion is not None
-            this.folder.event("nothing_new", champion=champion.number)
-            this.board.enter(f"nothing new since version {champion.number}")
-            return Completed(message=f"no new data since version {champion.number}: nothing to train")
-        if this.resumed is None:
-            this.warm_start = champion
-            get_run_logger().info("new data; beginning from %s", f"version {champion.number}" if champion else "a new model")
         try:
+            locate_and_plan(this)
+            if this.resumed is None and not this.has_new_data(since=champion):
+                assert champion is not None
+                this.folder.event("nothing_new", champion=champion.number)
+                this.board.enter(f"nothing new since version {champion.number}")
+                return Completed(message=f"no new data since version {champion.number}: nothing to train")
+            if this.resumed is None:
+                this.warm_start = champion
+                get_run_logger().info("new data; beginning from %s", f"version {champion.number}" if champion else "a new model")
             return train_and_publish(this)
         except Stopped as stopped:
             return ended(this, stopped)

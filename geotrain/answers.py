@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
-from geotrain.errors import GeotrainError, Stopped
+from geotrain.errors import GeotrainError, Stopped, StoreUnusable
 
 SCHEMA_VERSION = 1
 INTERRUPTED = 130
@@ -35,7 +35,8 @@ def envelope(status: str, exit_code: int, **content: Any) -> None:
 def answering(shape: Format) -> Iterator[None]:
     """Turn geotrain's errors into a message with a remedy, or an envelope, and its exit code."""
     try:
-        yield
+        with _stores_named():
+            yield
     except GeotrainError as error:
         status = "stopped" if isinstance(error, Stopped) else "error"
         if shape is Format.json:
@@ -53,6 +54,19 @@ def answering(shape: Format) -> Iterator[None]:
         else:
             people.print("[bold yellow]interrupted[/] before there was anything to keep")
         raise SystemExit(INTERRUPTED) from None
+
+
+@contextmanager
+def _stores_named() -> Iterator[None]:
+    """What an object store or a disk raises that cannot be read is an answer too. Raises StoreUnusable."""
+    try:
+        yield
+    except Exception as error:
+        from geotrain.stores import UNUSABLE  # it imports what speaks to S3: not for `--help`
+
+        if not isinstance(error, UNUSABLE):
+            raise
+        raise StoreUnusable(str(error) or type(error).__name__) from error
 
 
 def _plain(named: dict[str, object]) -> dict[str, Any]:

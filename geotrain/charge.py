@@ -83,11 +83,15 @@ class Charge:
             self.check()
 
     def check(self) -> None:
-        """Before anything is committed. Raises RunTaken when another process is in charge by now."""
+        """Before anything is committed. Raises RunTaken when another process is in charge by now, OutputUnwritable."""
         try:
-            number, content = self.newest()
+            self.look()
         except STORE_ERRORS as error:
             raise OutputUnwritable("the flow", self.path, str(error) or type(error).__name__) from error
+
+    def look(self) -> None:
+        """The same for who is patient with the store. Raises RunTaken, one of STORE_ERRORS."""
+        number, content = self.newest()
         if number > self.number:
             raise RunTaken(self.run, _words(content["holder"]) if content else "another process")
 

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -80,14 +80,27 @@ def join(url: str, *names: str) -> str:
     return "/".join([url.rstrip("/"), *names])
 
 
-def write_bytes(who: str, url: str, content: bytes | bytearray, *, over: threading.Event | None = None) -> None:
+def write_bytes(
+    who: str,
+    url: str,
+    content: bytes | bytearray,
+    *,
+    over: threading.Event | None = None,
+    fence: Callable[[], None] = lambda: None,
+) -> None:
     """Write a whole object; on a local disk by rename, so that it is there whole or not at all. Raises OutputUnwritable.
 
-    `over`: a store that fails for a while is waited for, until this is set; without it the first failure counts.
+    `over`: a store that fails for a while is waited for, until this is set; without it the first failure counts. `fence`: called before
+    every try; raises when it is not to be written any more.
     """
+
+    def write() -> None:
+        fence()
+        write_whole(fs, path, content)
+
     try:
         fs, path = open_url(url)
-        patiently(lambda: write_whole(fs, path, content), over, PATIENCE_S if over is not None else 0.0)
+        patiently(write, over, PATIENCE_S if over is not None else 0.0)
     except STORE_ERRORS as error:
         raise OutputUnwritable(who, url, str(error) or type(error).__name__) from error
 
@@ -178,15 +191,16 @@ def folder(run_url: str, round: int) -> str:
     return join(run_url, "checkpoints", f"{round:08d}")
 
 
-def commit(run_url: str, manifest: Manifest, over: threading.Event | None = None) -> None:
-    """Make a checkpoint real. All its parts must be written. `over` as in `write_bytes`. Raises OutputUnwritable."""
+def commit(run_url: str, manifest: Manifest, over: threading.Event | None = None, fence: Callable[[], None] = lambda: None) -> None:
+    """Make a checkpoint real. All its parts must be written. `over` and `fence` as in `write_bytes`. Raises OutputUnwritable."""
     content = json.dumps(asdict(manifest), indent=1).encode()
-    write_bytes("the flow", join(folder(run_url, manifest.round), "manifest.json"), content, over=over)
+    write_bytes("the flow", join(folder(run_url, manifest.round), "manifest.json"), content, over=over, fence=fence)
 
 
 def latest(run_url: str) -> Manifest | None:
     """The newest committed checkpoint of a run whose manifest can be read; None when there is none."""
     fs, path = open_url(join(run_url, "checkpoints"))
+    fs.invalidate_cache(path)
     for name in sorted(fs.glob(f"{path}/*/manifest.json"), reverse=True):
         with contextlib.suppress(ValueError, TypeError, KeyError):
             return _manifest(fs.cat_file(name))
@@ -210,6 +224,7 @@ def set_aside(run_url: str, round: int) -> None:
 def forget_late(run_url: str, since: int) -> None:
     """The run goes on from an earlier checkpoint: what regions wrote for those since is not to be committed late."""
     fs, path = open_url(join(run_url, "checkpoints"))
+    fs.invalidate_cache(path)
     for name in fs.glob(f"{path}/*/*.done.json"):
         if int(name.rsplit("/", 2)[-2]) >= since:
             fs.rm_file(name)

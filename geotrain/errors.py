@@ -32,6 +32,7 @@
     │   └── Diverged                       replicas that must be equal are not
     ├── StateError                     7   run folders, checkpoints, the registry
     │   ├── OutputUnwritable
+    │   ├── StoreUnusable                  it cannot be read
     │   ├── RunNotFound
     │   ├── RunTaken                       another process is in charge of it
     │   ├── NotRunning
@@ -247,6 +248,12 @@ class OutputUnwritable(StateError):
     fields = ("who", "url", "detail")
     says = "{who} cannot write {url}: {detail}"
     remedy = "check `output.url` and the right to write there, from the flow and from every region's workers"
+
+
+class StoreUnusable(StateError):
+    fields = ("detail",)
+    says = "a store cannot be used: {detail}"
+    remedy = "check its URL, the network, and the credentials in the environment; one that fails for a while can be tried again"
 
 
 class RunNotFound(StateError):

@@ -44,6 +44,16 @@ def next_number(registry: str, model: str) -> int:
     return max((int(name) for name in names if name.isdigit()), default=0) + 1
 
 
+def of_run(registry: str, model: str, run: str) -> Version | None:
+    """The version that a run has published already."""
+    fs, path = open_url(join(registry, model, "versions"))
+    fs.invalidate_cache(path)
+    for name in sorted(fs.glob(f"{path}/*/version.json"), reverse=True):
+        if (known := Version(**json.loads(fs.cat_file(name)))).run == run:
+            return known
+    return None
+
+
 def publish(version: Version) -> None:
     """Make a version known. Its model file must be written. Raises OutputUnwritable."""
     url = version.url.rsplit("/", 1)[0]
@@ -73,7 +83,10 @@ def champion(registry: str, model: str) -> Version | None:
 def enter(spec: RegistrySpec, version: Version) -> str:
     """Make a version known whose model file is written, and the champion if it beats that. Returns the verdict. Raises OutputUnwritable."""
     publish(version)
-    better, why = beats(version.metrics, champion(spec.url, spec.model), spec.metric, higher_is_better=spec.higher_is_better)
+    reigning = champion(spec.url, spec.model)
+    if reigning is not None and reigning.number == version.number:
+        return "champion: it was entered before"
+    better, why = beats(version.metrics, reigning, spec.metric, higher_is_better=spec.higher_is_better)
     if better:
         promote(spec.url, spec.model, version.number)
     return f"{'champion' if better else 'rejected'}: {why}"

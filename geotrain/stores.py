@@ -12,7 +12,8 @@ import fsspec
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from botocore.exceptions import ConnectionError as NotConnected
 
-STORE_ERRORS = (OSError, ValueError, BotoCoreError, ClientError)
+UNUSABLE = (OSError, BotoCoreError, ClientError)
+STORE_ERRORS = (*UNUSABLE, ValueError)
 """fsspec turns most failures into OSError; S3 without credentials or without a reachable endpoint raises botocore's own."""
 
 T = TypeVar("T")

@@ -1,15 +1,19 @@
-"""A task for tests: a small regression, with faults to order."""
+"""A task for tests: a small regression, with faults to order; and what else fails to order inside a worker's process."""
 
 import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from geotrain import checkpoint
+from geotrain.partition import server
 
 
 def names_me(file: str) -> bool:
@@ -32,12 +36,15 @@ class Points:
         slow: str = "",
         broken: str = "",
         sick: str = "",
+        slow_to_evaluate: str = "",
     ) -> None:
-        """`slow`, `broken`: files that, once they are there, name processes in which a batch takes 20 ms, or the device fails; or all.
+        """`slow`, `broken`, `slow_to_evaluate`: files that, once they are there, name processes in which a batch takes 20 ms, the device
+        fails, or the evaluation of a batch takes 2 s; or all.
         `sick`: the same for five losses that are NaN: with two steps a round, three rounds in a row.
         """
         self.lr, self.momentum, self.adam, self.norm, self.fault = lr, momentum, adam, norm, fault
         self.slow, self.broken, self.sick, self.turns = slow, broken, sick, 0
+        self.slow_to_evaluate = slow_to_evaluate
 
     def model(self) -> nn.Module:
         middle = [nn.BatchNorm1d(6)] if self.norm else []
@@ -76,5 +83,33 @@ class Points:
         return loss
 
     def evaluate(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, tuple[float, float]]:
+        if names_me(self.slow_to_evaluate):
+            time.sleep(2.0)
         error = functional.mse_loss(model(batch[0]).squeeze(1), batch[1], reduction="sum")
         return {"mse": (error.item(), len(batch[1]))}
+
+
+def flip_a_bit_of_the_next_state(file: str) -> None:
+    """That a peer is given, by the first of all leaders that have been told so and find the file; by all, always, if it says so."""
+    with_hash = server._with_hash
+
+    def spoilt(payload: Tensor) -> Tensor:
+        hashed = with_hash(payload)
+        try:
+            if Path(file).read_text() != "always":
+                Path(file).unlink()
+        except FileNotFoundError:
+            return hashed
+        hashed[5] ^= 1
+        return hashed
+
+    server._with_hash = spoilt
+
+
+def never_write_a_part() -> None:
+    """As where the way to the store is very slow."""
+
+    def slowly(*_: Any, **__: Any) -> Any:
+        time.sleep(3600.0)
+
+    checkpoint.write_packed = slowly

@@ -5,6 +5,8 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import CancelledError
 from contextlib import ExitStack
 from typing import Any, assert_never
 
@@ -20,11 +22,16 @@ _STARTING = threading.Lock()
 """Dask imports parts of itself while a cluster starts, and two threads that do so at once can see a half-imported module."""
 
 CONNECT_S = 30.0
+ANSWER_S = 20.0
+"""A scheduler that answers nothing for so long stands still."""
 GROW_S = 120.0
 SHRINK_S = 30.0
 """For workers that are too many to go."""
 GROW_MARGIN_S = 10.0
 """Time that any cluster gets, when its own pace is not known."""
+
+CLIENT_ERRORS = (OSError, TimeoutError, ValueError, RuntimeError, AttributeError, CancelledError)
+"""What a Dask client raises that has lost its scheduler; AttributeError, since it then has none."""
 
 
 class RegionCluster:
@@ -38,19 +45,34 @@ class RegionCluster:
     def dashboard(self) -> str:
         return str(self.client.dashboard_link)
 
+    @property
+    def where(self) -> str:
+        """Of its scheduler, for people."""
+        return str(self.client.scheduler) if self.client.scheduler is not None else "its address"
+
+    def there(self) -> dict[str, float]:
+        """Worker -> its last heartbeat by the scheduler's clock. Raises ClusterUnreachable."""
+        try:
+            known = self.client.sync(self.client.scheduler.identity, n_workers=-1, callback_timeout=ANSWER_S)["workers"]
+        except CLIENT_ERRORS as error:
+            raise ClusterUnreachable(self.region, self.where, str(error) or type(error).__name__) from error
+        return {address: worker["last_seen"] for address, worker in known.items()}
+
     def workers(self) -> list[str]:
-        """Addresses of all workers, sorted."""
-        return sorted(self.client.nthreads())
+        """Addresses of all workers, sorted. Raises ClusterUnreachable."""
+        return sorted(self.there())
 
-    def scale(self, workers: int) -> list[str]:
-        """Ask for so many workers and wait for them; returns the addresses to use. Raises ClusterTooSmall.
+    def scale(self, workers: int, check: Callable[[], None] = lambda: None) -> list[str]:
+        """Ask for so many workers and wait for them; returns the addresses to use. Raises ClusterTooSmall, ClusterUnreachable.
 
-        An existing scheduler (`address`) is not scaled: it must have the workers.
+        An existing scheduler (`address`) is not scaled: it must have the workers. `check`: called meanwhile; raises when nobody is to wait
+        any longer.
         """
-        if self.cluster is not None and len(self.workers()) != workers:
-            self.cluster.scale(workers)
+        if len(self.workers()) != workers:
+            self.ask_for(workers)
         began = time.monotonic()
         while len(found := self.workers()) != workers:
+            check()
             waited = time.monotonic() - began
             if len(found) > workers and (self.cluster is None or waited > SHRINK_S):
                 break
@@ -58,6 +80,14 @@ class RegionCluster:
                 raise ClusterTooSmall(self.region, workers, len(found), waited)
             time.sleep(0.1)
         return found[:workers]
+
+    def ask_for(self, workers: int) -> None:
+        """So many, of a cluster of our own. Raises ClusterUnreachable."""
+        if self.cluster is not None:
+            try:
+                self.cluster.scale(workers)
+            except Exception as error:  # whatever a provider's library raises
+                raise ClusterUnreachable(self.region, type(self.cluster).__name__, f"{type(error).__name__}: {error}") from error
 
     def ship(self, code: tuple[str, ...]) -> None:
         """Put the user's files on every worker's import path, those that come later too."""
@@ -74,8 +104,11 @@ class RegionCluster:
         self.close()
 
 
-def open_cluster(spec: RegionSpec) -> RegionCluster:
-    """Connect to a region's cluster, starting it with one worker where it is ours to start. Raises ClusterError."""
+def open_cluster(spec: RegionSpec, connect_s: float = CONNECT_S) -> RegionCluster:
+    """Connect to a region's cluster, starting it with one worker where it is ours to start. Raises ClusterError.
+
+    `connect_s`: how long the scheduler of one that is not ours may take to answer.
+    """
     stack = ExitStack()
     where = "?"
     try:
@@ -90,22 +123,21 @@ def open_cluster(spec: RegionSpec) -> RegionCluster:
             case AddressCluster():
                 where, cluster = spec.cluster.address, None
                 security = _security(spec.cluster)
-                client = stack.enter_context(Client(where, set_as_default=False, timeout=CONNECT_S, security=security))
+                client = stack.enter_context(Client(where, set_as_default=False, timeout=connect_s, security=security))
             case ClassCluster():
                 where = spec.cluster.path
                 with _STARTING:
                     cluster = stack.enter_context(_cluster_class(spec.name, where)(**spec.cluster.args))
                 client = stack.enter_context(Client(cluster, set_as_default=False, timeout=CONNECT_S))
-                if not client.nthreads():
+                if not RegionCluster(spec.name, client, cluster, stack).there():
                     cluster.scale(1)
             case _:
                 assert_never(spec.cluster)
-    except ClusterError:
-        stack.close()
-        raise
-    except (OSError, TimeoutError, RuntimeError, ValueError, TypeError) as error:
-        stack.close()
-        raise ClusterUnreachable(spec.name, where, str(error) or type(error).__name__) from error
+    except BaseException as error:
+        stack.close()  # a cluster that was begun costs money
+        if isinstance(error, ClusterError) or not isinstance(error, Exception):
+            raise
+        raise ClusterUnreachable(spec.name, where, str(error) or type(error).__name__) from error  # whatever a provider's library raises
     return RegionCluster(spec.name, client, cluster, stack)
 
 

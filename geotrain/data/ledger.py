@@ -4,6 +4,7 @@ Leases are deterministic, so a seat's beginning and its rounds' inner steps name
 region's row groups laid end to end, each in its permutation of that epoch.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -25,6 +26,7 @@ class RoundOfRows:
     steps: int
     void: bool = False
     """It ended in a NaN or an infinity, and counts for nothing."""
+    samples: int = 0
 
 
 @dataclass(slots=True)
@@ -35,6 +37,8 @@ class Seating:
     """Of the book of leases, as it began."""
     round: int
     rounds: list[RoundOfRows] = field(default_factory=list)
+    until: float = math.inf
+    """The first of its rounds that nobody holds: the run went back to a checkpoint before it, or the region was lost with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,30 +90,40 @@ class EpochOfRows:
         return self.rows - self.counted - self.discarded
 
 
+def rounds_of(seatings: Sequence[Seating]) -> Iterator[tuple[int, RoundOfRows, bool]]:
+    """(number of the seat, a round that it made, whether that counts), in order.
+
+    A round counts unless a later seat of the region begins at or before it, nobody holds it, or the seat took it again.
+    """
+    for number, seating in enumerate(seatings):
+        until = min((later.round for later in seatings[number + 1 :]), default=math.inf)
+        newest = {record.round: record for record in seating.rounds}
+        for record in sorted(seating.rounds, key=lambda record: record.round):
+            yield number, record, record is newest[record.round] and record.round < min(until, seating.until)
+
+
 def account(groups: Sequence[RowGroup], seatings: Sequence[Seating], *, seed: int, mix: int, batch_size: int) -> list[EpochOfRows]:
-    """What became of a region's rows. A round counts unless the region's next seat begins at or before it, or the seat took it again."""
+    """What became of a region's rows."""
     rows = sum(group.rows for group in groups)
     counts: dict[int, NDArray[np.int32]] = {}
     spent: dict[int, list[tuple[int, Literal["lost", "void"], bool, NDArray[np.int64]]]] = {}
     away = set(range(seatings[0].cursor["epoch"])) if seatings else set()
     """Epochs, to begin with those before the region came."""
-    end = 0
-    for number, seating in enumerate(seatings):
-        until = min((later.round for later in seatings[number + 1 :]), default=None)
-        taken = _Rows(groups, seating.cursor, seed, mix, batch_size)
-        expected, last = seating.round, seating.cursor["epoch"]
-        newest = {record.round: record for record in seating.rounds}
-        for record in sorted(seating.rounds, key=lambda record: record.round):
-            if record.round > expected:
-                away |= set(range(last, record.epoch + 1))
-            expected, last, end = record.round + 1, record.epoch, max(end, record.epoch)
-            for epoch, positions in taken.of(record):
-                counts.setdefault(epoch, np.zeros(rows, dtype=np.int32))
-                stands = record is newest[record.round] and (until is None or record.round < until)
-                if stands and not record.void:
-                    np.add.at(counts[epoch], positions, 1)
-                elif positions.size:
-                    spent.setdefault(epoch, []).append((record.round, "void" if record.void else "lost", stands, positions))
+    taken = [_Rows(groups, seating.cursor, seed, mix, batch_size) for seating in seatings]
+    at, expected, last, end = -1, 0, 0, 0
+    for number, record, stands in rounds_of(seatings):
+        if number != at:
+            at, expected, last = number, seatings[number].round, seatings[number].cursor["epoch"]
+        gone = number == len(seatings) - 1 and record.round >= seatings[number].until
+        if record.round > expected or gone:  # it made no such round, or took no seat to make it again
+            away |= set(range(last, record.epoch + 1))
+        expected, last, end = record.round + 1, record.epoch, max(end, record.epoch)
+        for epoch, positions in taken[number].of(record):
+            counts.setdefault(epoch, np.zeros(rows, dtype=np.int32))
+            if stands and not record.void:
+                np.add.at(counts[epoch], positions, 1)
+            elif positions.size:
+                spent.setdefault(epoch, []).append((record.round, "void" if record.void else "lost", stands, positions))
     found = []
     for epoch in range(end + 1 if counts else 0):
         count = counts.get(epoch, np.zeros(rows, dtype=np.int32))

@@ -32,9 +32,11 @@ class _UnderWay:
 class Commits:
     """One checkpoint is under way at a time. Thread-safe."""
 
-    def __init__(self, folder: RunFolder, check: Callable[[], None], keep: int, better: tuple[str, bool] | None) -> None:
-        """`check`: raises when another process is in charge of the run. `keep` and `better`: as in `checkpoint.prune`."""
-        self.folder, self.check, self.keep, self.better = folder, check, keep, better
+    def __init__(self, folder: RunFolder, fence: Callable[[], None], keep: int, better: tuple[str, bool] | None) -> None:
+        """`fence`: raises RunTaken when another process is in charge of the run, or STORE_ERRORS. `keep`, `better`: as in
+        `checkpoint.prune`.
+        """
+        self.folder, self.fence, self.keep, self.better = folder, fence, keep, better
         self.last: Manifest | None = None
         """The last that was committed, or taken up."""
         self.failed: Callable[[], None] = lambda: None
@@ -122,8 +124,7 @@ class Commits:
         parts = [one for one in told if isinstance(one, StoredPart)]
         manifest = replace(way.manifest, parts=(*parts, *way.manifest.parts))
         try:
-            self.check()
-            checkpoint.commit(self.folder.url, manifest, self._over)
+            checkpoint.commit(self.folder.url, manifest, self._over, self.fence)
         except GeotrainError as error:
             self._fail(error)
             return

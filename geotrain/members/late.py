@@ -8,6 +8,7 @@ from geotrain.checkpoint import Manifest, StoredPart, commit, join, read_bytes
 from geotrain.metrics import add_sums, means
 from geotrain.partition.orders import SegmentDone
 from geotrain.report.folder import RunFolder
+from geotrain.report.ledger import samples_counted
 from geotrain.stores import open_url
 
 
@@ -18,24 +19,36 @@ def commit_late(folder: RunFolder, last: Manifest | None, regions: Sequence[str]
     the WAN in those segments is in no total.
     """
     fs, path = open_url(join(folder.url, "checkpoints"))
+    fs.invalidate_cache(path)
     folders = sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False)) if fs.exists(path) else []
-    newest = last
+    newest, lost = last, _lost(folder)
     for name in folders:
         if newest is not None and int(name) <= newest.round:
             continue
         written = [region for region in regions if fs.exists(join(path, name, f"{region}.done.json"))]
-        present = [part.region for part in newest.parts if part.round == newest.round and part.region in regions] if newest else regions
-        if not set(present) <= set(written):
+        present = {part.region for part in newest.parts if part.round == newest.round} & set(regions) if newest else set(regions)
+        if not written or not present - lost <= set(written):
             continue
         told = [json.loads(read_bytes(join(folder.url, "checkpoints", name, f"{region}.done.json"))) for region in written]
         done = [SegmentDone.from_dict(note["done"]) for note in told]
         if {part.round for part in done} != {int(name)} or (agree and len({part.sha256 for part in done}) != 1):
             continue
-        newest = _manifest(folder.run, newest, done, [StoredPart(**note["part"]) for note in told])
-        commit(folder.url, newest)
         _make_up_rounds(folder, done)
-        folder.event("segment", segment=newest.segment, round=newest.round, metrics=newest.metrics, late=True)
+        samples = samples_counted(folder, int(name))
+        newest = _manifest(folder.run, newest, done, samples, [StoredPart(**note["part"]) for note in told])
+        commit(folder.url, newest)
+        hashes = {part.region: part.sha256[:12] for part in done}
+        folder.event("segment", segment=newest.segment, round=newest.round, metrics=newest.metrics, hashes=hashes, late=True)
     return newest if newest is not last else None
+
+
+def _lost(folder: RunFolder) -> set[str]:
+    """Regions that were away when the run was last heard of."""
+    lost = set()
+    for event in folder.lines("events.jsonl"):
+        if event["event"] in ("seated", "lost"):
+            (lost.add if event["event"] == "lost" else lost.discard)(event["region"])
+    return lost
 
 
 def _make_up_rounds(folder: RunFolder, done: Sequence[SegmentDone]) -> None:
@@ -49,18 +62,16 @@ def _make_up_rounds(folder: RunFolder, done: Sequence[SegmentDone]) -> None:
     folder.flush()
 
 
-def _manifest(run: str, last: Manifest | None, done: Sequence[SegmentDone], parts: Sequence[StoredPart]) -> Manifest:
-    totals = {region: dict(sums) for region, sums in last.totals.items()} if last else {}
+def _manifest(
+    run: str, last: Manifest | None, done: Sequence[SegmentDone], samples: Mapping[str, int], parts: Sequence[StoredPart]
+) -> Manifest:
+    totals: dict[str, dict[str, float]] = {region: dict(sums) for region, sums in last.totals.items()} if last else {}
     for part in done:
-        add: Mapping[str, float] = {
-            "samples": part.samples,
-            "seconds": part.seconds,
-            "held_s": part.held_s,
-            "wire_bytes": 0,
-            "egress_usd": 0,
-        }
         before = totals.get(part.region, {})
+        add = {"seconds": part.seconds, "held_s": part.held_s, "wire_bytes": 0, "egress_usd": 0}
         totals[part.region] = {name: before.get(name, 0) + value for name, value in add.items()}
+    for region, total in totals.items():
+        total["samples"] = samples.get(region, 0)
     there = {part.region for part in done}
     kept: list[StoredPart] = [part for part in last.parts if part.region not in there] if last else []
     return Manifest(

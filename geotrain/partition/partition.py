@@ -3,16 +3,25 @@
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import CancelledError
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from distributed import Client, Future
 
-from geotrain.clusters import RegionCluster, open_cluster
+from geotrain.clusters import CLIENT_ERRORS, RegionCluster, open_cluster
 from geotrain.data.inventory import Inventory
-from geotrain.errors import ClusterTooSmall, ClusterUnreachable, DeviceFailed, GeotrainError, Stopped, TaskFailed, WorkerHangs, WorkerLost
+from geotrain.errors import (
+    ClusterError,
+    ClusterTooSmall,
+    ClusterUnreachable,
+    DeviceFailed,
+    GeotrainError,
+    Stopped,
+    TaskFailed,
+    WorkerHangs,
+    WorkerLost,
+)
 from geotrain.job import JobSpec
 from geotrain.partition.calls import beside, on_worker
 from geotrain.partition.orders import Directory, Probed, SeatOrder, SeatTaken, SegmentDone, SegmentOrder, scope_of, topic
@@ -23,11 +32,10 @@ POLL_S = 0.1
 WORKERS_CHECK_S = 2.0
 TELL_S = 5.0
 REACH_S = 60.0
+REOPEN_S = 5.0
+"""How long a scheduler that was lost may take to answer, each time it is tried."""
 SETTLE_S = 5.0
 """After a failure, how long the region's other workers get to say what happened to them."""
-
-CLIENT_ERRORS = (OSError, TimeoutError, ValueError, RuntimeError, AttributeError, CancelledError)
-"""What a Dask client raises that has lost its scheduler; AttributeError, since it then has none."""
 
 Listener = Callable[[str, dict[str, Any]], None]
 """Called with (region, message) for all that a partition reports while it trains."""
@@ -59,10 +67,18 @@ class Partition:
         self._listener = listener
         self._unusable: set[str] = set()
         """Workers that hung, or are about to end."""
+        self._owed: dict[str, Future] = {}
+        """Of those, the ones that were busy for too long: what each answers as soon as it is free, and of use again."""
+        self._lives: set[int] = set()
+        """Of the seats."""
+        self._known: tuple[View, Directory] | None = None
+        """The newest that the leader was told."""
         self._telling: list[threading.Thread] = []
         self._signs = Signs()
         self._ticket: int | None = None
         """Of the segment under way that may still be asked to end early."""
+        self._asked: int | None = None
+        """The one that was."""
         self._listen()
 
     @property
@@ -78,21 +94,31 @@ class Partition:
         name = topic(self.control.scope, self.region)
         with suppress(*CLIENT_ERRORS):
             self.client.unsubscribe_topic(name)
-        self.client.subscribe_topic(name, self._heard)
+        with self._reaching("listening to it"):
+            self.client.subscribe_topic(name, self._heard)
+
+    @contextmanager
+    def _reaching(self, doing: str) -> Iterator[None]:
+        """Raises ClusterUnreachable for what a client raises that has lost its scheduler."""
+        try:
+            yield
+        except CLIENT_ERRORS as error:
+            raise ClusterUnreachable(self.region, self.cluster.where, f"{doing}: {error or type(error).__name__}") from error
 
     def reopen(self, workers: int) -> None:
         """Reach the cluster anew, after its scheduler was lost; one of our own is asked for so many workers. Raises ClusterError."""
-        with suppress(*CLIENT_ERRORS):
+        with suppress(Exception):  # whatever a provider's library raises
             self.cluster.close()
-        self.cluster = open_cluster(self.job.region(self.region))
-        if self.cluster.cluster is not None:
-            self.cluster.cluster.scale(workers)
+        self.cluster = open_cluster(self.job.region(self.region), REOPEN_S)
+        self.cluster.ask_for(workers)
         self._listen()
-        self.cluster.ship(self.job.code)
+        with self._reaching("shipping the code"):
+            self.cluster.ship(self.job.code)
 
     def survey(self) -> tuple[Inventory, Inventory | None]:
         """Training and held-out inventory, read by one worker. Raises DataError, TaskImportError, ClusterError."""
-        self.cluster.ship(self.job.code)
+        with self._reaching("shipping the code"):
+            self.cluster.ship(self.job.code)
         answer: tuple[Inventory, Inventory | None] = self._call("reading the footers", "probing:survey", self.job, self.region)
         return answer
 
@@ -107,14 +133,11 @@ class Partition:
 
     def scale(self, workers: int) -> None:
         """Bring the cluster to the planned size. Raises ClusterTooSmall, ClusterUnreachable."""
-        try:
-            self.workers = self.cluster.scale(workers)
-            if not set(self.workers) <= set(usable := self._usable()):
-                if len(usable) < workers:
-                    raise ClusterTooSmall(self.region, workers, len(usable), 0.0)
-                self.workers = usable[:workers]
-        except CLIENT_ERRORS as error:
-            raise ClusterUnreachable(self.region, str(self.client.scheduler), str(error)) from error
+        self.workers = self.cluster.scale(workers, self._check_abort)
+        if not set(self.workers) <= set(usable := self._usable()):
+            if len(usable) < workers:
+                raise ClusterTooSmall(self.region, workers, len(usable), 0.0)
+            self.workers = usable[:workers]
 
     def regroup(self, workers: int, patience_s: float) -> int:
         """Take the workers that are there, at most so many, after giving those that were lost some time to be replaced; at least one.
@@ -122,11 +145,8 @@ class Partition:
         Returns how many. Raises ClusterTooSmall, ClusterUnreachable.
         """
         until = time.monotonic() + patience_s
-        try:
-            while len(found := self._usable()) < workers and time.monotonic() < until:
-                time.sleep(POLL_S)
-        except CLIENT_ERRORS as error:
-            raise ClusterUnreachable(self.region, str(self.client.scheduler), str(error)) from error
+        while len(found := self._usable()) < workers and time.monotonic() < until:
+            time.sleep(POLL_S)
         if not found:
             raise ClusterTooSmall(self.region, workers, 0, patience_s)
         self.workers = found[:workers]
@@ -137,12 +157,15 @@ class Partition:
         """Whether the cluster has a worker without a seat."""
         try:
             return len(self._usable()) > len(self.workers)
-        except CLIENT_ERRORS:
+        except ClusterError:
             return False
 
     def _usable(self) -> list[str]:
         there = self.cluster.workers()
         self._unusable.intersection_update(there)  # one that went, and comes to the same address, is another
+        for worker in [worker for worker, answer in self._owed.items() if answer.status == "finished"]:
+            del self._owed[worker]
+            self._unusable.discard(worker)
         return [worker for worker in there if worker not in self._unusable]
 
     def take_seats(self, order: Callable[[int, int, str | None], SeatOrder]) -> SeatTaken:
@@ -151,11 +174,12 @@ class Partition:
         if len(self.workers) > 1:
             rendezvous = self._await([self._submit(self.workers[0], "meeting_point")], "choosing a port")[0]
         orders = [order(rank, len(self.workers), rendezvous) for rank in range(len(self.workers))]
-        self._signs.seated({order.life for order in orders})
+        self._lives = {order.life for order in orders}
+        self._signs.seated(self._lives)
         futures = [self._submit(worker, "take_seat", order) for worker, order in zip(self.workers, orders, strict=True)]
         leader: SeatTaken = self._await(futures, "building the model")[0]
         with suppress(*CLIENT_ERRORS):
-            self.client.sync(self.client._run, on_worker, "heed_notices", workers=self.workers, on_error="ignore", callback_timeout=TELL_S)
+            self._run(on_worker, "heed_notices", workers=self.workers)
         return leader
 
     def train(self, order: SegmentOrder, hangs_after_s: float) -> SegmentDone:
@@ -163,7 +187,7 @@ class Partition:
 
         Raises TaskError, WorkerLost, WorkerHangs, WanError, OutputUnwritable, or Stopped when another region failed.
         """
-        self._ticket = order.ticket
+        self._ticket, self._asked = order.ticket, None
         self._signs.begin()
         futures = [self._submit(worker, "train_segment", self.control.scope, self.region, order) for worker in self.workers]
         done: SegmentDone = self._await(futures, f"segment {order.number}", hangs_after_s=hangs_after_s)[0]
@@ -171,10 +195,11 @@ class Partition:
 
     def tell_abort(self) -> None:
         """To end what they do at once."""
-        self._tell("abort")
+        self._tell("abort", self._lives)
 
     def tell_view(self, view: View, directory: Directory) -> None:
         """Who is in from now on, said to a leader that trains. One that is lost is noticed elsewhere."""
+        self._known = view, directory
         self._tell("tell_view", view, directory)
 
     def _tell(self, name: str, *args: Any) -> None:
@@ -183,12 +208,15 @@ class Partition:
 
         def say() -> None:
             with suppress(*CLIENT_ERRORS):
-                # Client.run, with a time limit: it waits for a worker that hangs as long as that is connected
-                self.client.sync(self.client._run, on_worker, *words, workers=workers, on_error="ignore", callback_timeout=TELL_S)
+                self._run(on_worker, *words, workers=workers)
 
         telling = threading.Thread(target=say, name=f"geotrain-tell-{self.region}", daemon=True)
         telling.start()
         self._telling = [thread for thread in [*self._telling, telling] if thread.is_alive()]
+
+    def _run(self, how: Callable[..., Any], *words: Any, workers: list[str], within_s: float = TELL_S, on_error: str = "ignore") -> Any:
+        """Client.run, with a time limit: it waits for a worker that hangs as long as that is connected. Raises CLIENT_ERRORS."""
+        return self.client.sync(self.client._run, how, *words, workers=workers, on_error=on_error, callback_timeout=within_s)
 
     def evaluate(self) -> dict[str, tuple[float, float]]:
         """Held-out sums and counts. Raises TaskFailed."""
@@ -197,11 +225,9 @@ class Partition:
 
     def reach(self, addresses: dict[str, str]) -> dict[str, str | None]:
         """Region -> why the leader cannot dial it at this address, None where it can; beside what it does. Raises ClusterUnreachable."""
-        try:
-            words = "reach", self.control.scope, self.region, addresses
-            answers = self.client.sync(self.client._run, beside, *words, workers=self.workers[:1], callback_timeout=REACH_S)
-        except CLIENT_ERRORS as error:
-            raise ClusterUnreachable(self.region, str(self.client.scheduler), f"trying the links: {error}") from error
+        words = "reach", self.control.scope, self.region, addresses
+        with self._reaching("trying the links"):
+            answers = self._run(beside, *words, workers=self.workers[:1], within_s=REACH_S, on_error="raise")
         answer: dict[str, str | None] = answers[self.workers[0]]
         return answer
 
@@ -224,8 +250,14 @@ class Partition:
             raise WorkerLost(self.region, self.workers[0], f"{doing}: it heard nothing of this process and gave up") from stopped
 
     def leader_is_there(self) -> bool:
-        """Whether the leader's process is one that the cluster knows, and gives signs of life."""
-        return self._give_signs(self.workers[:1])
+        """Whether the leader's process is one that the cluster knows, gives signs of life, and holds its seat: at the same address there
+        may be another by now."""
+        if not self._give_signs(self.workers[:1]):
+            return False
+        with suppress(*CLIENT_ERRORS):
+            held = self._run(on_worker, "holds", self.control.scope, self.region, self._lives, workers=self.workers[:1])
+            return bool(held.get(self.workers[0], True))
+        return True  # it does not answer at the moment
 
     def workers_are_there(self) -> bool:
         """The same of all workers with a seat."""
@@ -233,8 +265,8 @@ class Partition:
 
     def _give_signs(self, workers: list[str]) -> bool:
         try:
-            there = self._there()
-        except CLIENT_ERRORS:
+            there = self.cluster.there()
+        except ClusterError:
             return False
         return all(worker in there and self._signs.no_beat_for(worker, there[worker]) is None for worker in workers)
 
@@ -253,15 +285,14 @@ class Partition:
         self._take_back(list(workers))
         try:
             return bool(self._usable())
-        except CLIENT_ERRORS:
+        except ClusterError:
             return False
 
     def _take_back(self, workers: list[str]) -> None:
-        words = "leave", self.control.scope, self.region
-        with suppress(*CLIENT_ERRORS):
-            there = self.client.nthreads()
+        with suppress(ClusterError, *CLIENT_ERRORS):
+            there = self.cluster.there()
             workers = [worker for worker in workers if worker in there]  # a dead one would be tried for half a minute
-            self.client.sync(self.client._run, on_worker, *words, workers=workers, on_error="ignore", callback_timeout=REACH_S)
+            self._run(on_worker, "leave", self.control.scope, self.region, workers=workers, within_s=REACH_S)
 
     def leave(self) -> None:
         """Give up the seats, where they outlive the run, or objects in a mailbox do. What cannot be reached has nothing to give up."""
@@ -272,19 +303,19 @@ class Partition:
             thread.join()
 
     def abandon(self) -> None:
-        """After a loss: the region's other workers end what they do. One that does not is ended, or else not used again."""
-        self._tell("abort")
-        with suppress(*CLIENT_ERRORS):
+        """After a loss: the region's other workers end what they do. One that does not is ended, or else not used before it is free."""
+        self.tell_abort()
+        with suppress(ClusterError, *CLIENT_ERRORS):
             answers = {worker: self._submit(worker, "here") for worker in self._usable() if worker in self.workers}
             until = time.monotonic() + SETTLE_S
             while any(answer.status == "pending" for answer in answers.values()) and time.monotonic() < until:
                 time.sleep(POLL_S)
             if silent := [worker for worker, answer in answers.items() if answer.status == "pending"]:
-                self._cancel([answers[worker] for worker in silent])
                 self._restart(silent)
+                self._owed.update({worker: answers[worker] for worker in silent if worker in self._unusable})
 
     def _restart(self, workers: list[str]) -> None:
-        """By their nannies; one without is not used again. Raises RunTaken."""
+        """By their nannies; one without is not used. Raises RunTaken."""
         self.control.fence()  # who slept and was overtaken finds them busy with somebody else's work
         self._unusable.update(workers)
         with suppress(*CLIENT_ERRORS):
@@ -292,11 +323,12 @@ class Partition:
             self._unusable.difference_update(worker for worker, how in told.items() if how == "OK")
 
     def _submit(self, worker: str, name: str, *args: Any) -> Future:
-        return self.client.submit(on_worker, name, *args, workers=[worker], allow_other_workers=False, pure=False, retries=0)
+        with self._reaching(f"asking worker {worker}"):
+            return self.client.submit(on_worker, name, *args, workers=[worker], allow_other_workers=False, pure=False, retries=0)
 
     def _call(self, doing: str, name: str, *args: Any) -> Any:
         """On whichever worker is there first."""
-        worker = self.cluster.scale(1)[0]
+        worker = self.cluster.scale(1, self._check_abort)[0]
         return self._await([self._submit(worker, name, *args)], doing, workers=[worker])[0]
 
     def _await(self, futures: Sequence[Future], doing: str, workers: list[str] | None = None, hangs_after_s: float = math.inf) -> list[Any]:
@@ -304,9 +336,9 @@ class Partition:
         checked = time.monotonic()
         while any(future.status == "pending" for future in futures) and all(future.status in ("pending", "finished") for future in futures):
             if self.control.abort.is_set():
-                self._tell("abort")
+                self.tell_abort()
                 self._cancel(futures)
-                raise Stopped(self.control.run)
+                self._check_abort()
             self._pass_on_stop()
             if (silent_s := self._signs.no_step_for(hangs_after_s)) is not None:
                 self._cancel(futures)
@@ -314,7 +346,7 @@ class Partition:
             if time.monotonic() - checked > WORKERS_CHECK_S:
                 checked = time.monotonic()
                 if workers is None:
-                    self._tell("watched")
+                    self._tell("watched", self._known, self._asked)
                 self._check_workers(futures, workers or self.workers, doing)
             time.sleep(POLL_S if len(futures) > 1 else 0.02)
         patience_s = WORKERS_CHECK_S
@@ -326,10 +358,14 @@ class Partition:
             patience_s *= 2  # it is there: the answer is long, or the way
         raise self._why(futures, workers or self.workers, doing)
 
+    def _check_abort(self) -> None:
+        if self.control.abort.is_set():
+            raise Stopped(self.control.run)
+
     def _pass_on_stop(self) -> None:
         if (self.control.stop.is_set() or self.control.turn.is_set()) and self._ticket is not None:
-            ticket, self._ticket = self._ticket, None
-            self._tell("ask_stop", ticket)
+            self._asked, self._ticket = self._ticket, None
+            self._tell("ask_stop", self._asked)
 
     def _cancel(self, futures: Sequence[Future]) -> None:
         try:
@@ -339,9 +375,9 @@ class Partition:
 
     def _check_workers(self, futures: Sequence[Future], workers: list[str], doing: str) -> None:
         try:
-            there = self._there()
-        except CLIENT_ERRORS as error:
-            raise ClusterUnreachable(self.region, str(self.client.scheduler), f"lost during {doing}: {error}") from error
+            there = self.cluster.there()
+        except ClusterUnreachable as error:
+            raise ClusterUnreachable(self.region, error.named["where"], f"lost during {doing}: {error.named['detail']}") from error
         for worker in workers:
             if worker not in there:
                 self._cancel(futures)
@@ -349,11 +385,6 @@ class Partition:
             if (silent_s := self._signs.no_beat_for(worker, there[worker])) is not None:
                 self._cancel(futures)
                 raise WorkerHangs(self.region, worker, silent_s)
-
-    def _there(self) -> dict[str, float]:
-        """Worker -> its last heartbeat by the scheduler's clock. Raises what a client raises that has lost its scheduler."""
-        known = self.client.sync(self.client.scheduler.identity, n_workers=-1)["workers"]
-        return {address: worker["last_seen"] for address, worker in known.items()}
 
     def _why(self, futures: Sequence[Future], workers: list[str], doing: str) -> BaseException:
         """The best explanation among what the workers raised: ours before torch's, torch's before a bare loss."""

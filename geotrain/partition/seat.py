@@ -1,5 +1,6 @@
 """A seat: one worker process's place in a run, resident between segments."""
 
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -53,7 +54,7 @@ class Seat:
         """Tickets: of the order that is under way, and of the one that is to end early."""
         self.news: SimpleQueue[tuple[View, Directory]] = SimpleQueue()
         """Views that the control plane told meanwhile."""
-        self.aborted = False
+        self.aborted = threading.Event()
         self.watched_at = time.monotonic()
         """When the control plane last gave a sign of life."""
         self.lapsed_at: float | None = None
@@ -199,7 +200,7 @@ class Seat:
         self.reporter.tell()  # a sign of life: it is the store that is slow
 
     def _check_abort(self) -> None:
-        if self.aborted:
+        if self.aborted.is_set():
             raise Stopped(self.order.run)
 
     def _done(self, order: SegmentOrder, totals: Totals, round: int, seconds: float) -> SegmentDone:
@@ -227,7 +228,7 @@ class Seat:
 
     def evaluate(self) -> dict[str, tuple[float, float]]:
         """Held-out sums and counts of this region; none where it has no such rows."""
-        return evaluate(self.trainer, self.order.eval, self.job.train.batch_size) if self.order.eval else {}
+        return evaluate(self.trainer, self.order.eval, self.job.train.batch_size, self._check_abort) if self.order.eval else {}
 
     def reach(self, addresses: dict[str, str]) -> dict[str, str | None]:
         """Region -> why this leader cannot dial it; None where it can."""
@@ -306,9 +307,9 @@ class Seat:
             raise BadCheckpoint(url, f"the model cannot begin from it: {error}") from error
 
     def write_model(self, url: str) -> int:
-        """Write the model for the registry; returns its bytes."""
+        """Write the model for the registry; returns its bytes. A store that fails for a while is waited for. Raises OutputUnwritable."""
         content = checkpoint.pack(self.trainer.flat.state_dict())
-        checkpoint.write_bytes(f"region {self.order.region}", url, content)
+        checkpoint.write_bytes(f"region {self.order.region}", url, content, over=self.aborted)
         return len(content)
 
     def close(self) -> None:

@@ -229,15 +229,21 @@ class Trainer:
         return ", ".join(uris[:3]) + (f" and {len(uris) - 3} more" if len(uris) > 3 else "")
 
 
-def evaluate(trainer: Trainer, held_out: Inventory, batch_size: int) -> dict[str, tuple[float, float]]:
-    """Sums and counts over all held-out rows of the region. Raises TaskFailed."""
+def evaluate(trainer: Trainer, held_out: Inventory, batch_size: int, check: Callable[[], None]) -> dict[str, tuple[float, float]]:
+    """Sums and counts over all held-out rows of the region. `check`: called before every batch; raises when nobody wants them any more.
+
+    Raises TaskFailed.
+    """
     groups = LeaseBook(held_out.row_groups(), seed=0, epoch=0, workers=1, mix=1)
     model = trainer.flat.model
     model.eval()
     try:
         with torch.inference_mode(), trainer.autocast():
             batches = map(trainer.rows.to_batch, record_batches(groups, 0, batch_size, trainer.rows.reader.read))
-            parts = [trainer.task.evaluate(model, on_device(batch, trainer.flat.vector.device)) for batch in batches]
+            parts = []
+            for batch in batches:
+                check()
+                parts.append(trainer.task.evaluate(model, on_device(batch, trainer.flat.vector.device)))
     except GeotrainError:
         raise
     except TASK_FAULTS as error:

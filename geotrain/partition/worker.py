@@ -3,7 +3,7 @@
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -108,16 +108,21 @@ def ask_stop(scope: str, region: str, ticket: int) -> None:
         _SEATS[scope, region].stop_in = ticket
 
 
-def watched(scope: str, region: str) -> None:
-    """Runs beside the segment: the control plane is there."""
+def watched(scope: str, region: str, known: tuple[View, Directory] | None, stop_in: int | None) -> None:
+    """Runs beside the segment: the control plane is there. It says again what it said last, for that may have been lost on its way."""
     if (scope, region) in _SEATS:
         _SEATS[scope, region].watched_at = time.monotonic()
+    if known is not None:
+        tell_view(scope, region, *known)
+    if stop_in is not None:
+        ask_stop(scope, region, stop_in)
 
 
 def tell_view(scope: str, region: str, view: View, directory: Directory) -> None:
     """Runs beside the segment: who is in from now on."""
-    if (scope, region) in _SEATS:
-        _SEATS[scope, region].news.put((view, directory))
+    seat = _SEATS.get((scope, region))
+    if seat is not None and seat.server is not None and view.epoch > seat.server.machine.at.view.epoch:
+        seat.news.put((view, directory))
 
 
 def heed_notices() -> bool:
@@ -134,10 +139,15 @@ def here() -> None:
     """Answers as soon as the worker has nothing else to do."""
 
 
-def abort(scope: str, region: str) -> None:
-    """Runs beside the segment: end it at once."""
-    if (scope, region) in _SEATS:
-        _SEATS[scope, region].aborted = True
+def abort(scope: str, region: str, lives: Collection[int]) -> None:
+    """Runs beside the segment of a seat that is one of these: end it at once."""
+    if holds(scope, region, lives):
+        _SEATS[scope, region].aborted.set()
+
+
+def holds(scope: str, region: str, lives: Collection[int]) -> bool:
+    """Whether this process has a seat that is one of these."""
+    return (scope, region) in _SEATS and _SEATS[scope, region].order.life in lives
 
 
 def leave(scope: str, region: str) -> None:

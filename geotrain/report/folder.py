@@ -23,7 +23,7 @@ import yaml
 from geotrain.checkpoint import join, read_bytes, write_bytes
 from geotrain.errors import NothingToResume, OutputUnwritable, RunNotFound, RunTaken
 from geotrain.job import JobSpec, parse_job
-from geotrain.stores import STORE_ERRORS, open_url
+from geotrain.stores import PATIENCE_S, STORE_ERRORS, open_url, patiently
 
 
 def new_run_id(job_name: str, now: datetime | None = None) -> str:
@@ -43,6 +43,8 @@ class RunFolder:
         self._soon: list[threading.Thread] = []
         self.fence: Callable[[], None] = lambda: None
         """Raises RunTaken where another process is in charge by now: what this one still has to say is dropped."""
+        self.over: threading.Event | None = None
+        """Of who conducts the run: a store that fails for a while is waited for, until this is set."""
 
     @property
     def appends(self) -> bool:
@@ -75,7 +77,7 @@ class RunFolder:
     def write(self, name: str, text: str) -> None:
         """Raises OutputUnwritable, RunTaken."""
         self.fence()
-        write_bytes("the flow", join(self.url, name), text.encode())
+        write_bytes("the flow", join(self.url, name), text.encode(), over=self.over)
 
     def write_json(self, name: str, tree: Any) -> None:
         self.write(name, json.dumps(tree, indent=1))
@@ -132,7 +134,7 @@ class RunFolder:
                 if not lines:
                     continue
                 try:
-                    self._add_lines(join(self._path, name), "".join(f"{line}\n" for line in lines))
+                    self._add_lines(join(self._path, name), "".join(f"{line}\n" for line in lines), patient=must)
                 except OutputUnwritable:
                     if must:
                         raise
@@ -149,22 +151,27 @@ class RunFolder:
         thread.start()
         self._soon = [one for one in [*self._soon, thread] if one.is_alive()]
 
-    def _add_lines(self, path: str, text: str) -> None:
-        try:
+    def _add_lines(self, path: str, text: str, *, patient: bool) -> None:
+        def add() -> None:
             if self.appends:
                 _append_whole(path, text.encode())
             else:
                 before = self._fs.cat_file(path).decode() if self._fs.exists(path) else ""
                 self._fs.pipe_file(path, (before + text).encode())
+
+        try:
+            patiently(add, self.over, PATIENCE_S if patient and self.over is not None else 0.0)
         except STORE_ERRORS as error:
             raise OutputUnwritable("the flow", path, str(error)) from error
 
     def lines(self, name: str) -> Iterator[dict[str, Any]]:
-        """The records of a .jsonl file; a line cut off by a crash is left out."""
+        """The records of a .jsonl file; a line cut off by a crash is left out. Raises one of STORE_ERRORS."""
         path = join(self._path, name)
-        if not self._fs.exists(path):
-            return
-        for line in self._fs.cat_file(path).decode().splitlines():
+
+        def read() -> bytes:
+            return bytes(self._fs.cat_file(path)) if self._fs.exists(path) else b""
+
+        for line in patiently(read, self.over, PATIENCE_S if self.over is not None else 0.0).decode().splitlines():
             with suppress(json.JSONDecodeError):
                 yield json.loads(line)
 

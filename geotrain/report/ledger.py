@@ -1,5 +1,6 @@
 """What a run's folder proves of its data: every row of every epoch in exactly one committed round, or what came in between."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from geotrain.data.inventory import Inventory, RowGroup
-from geotrain.data.ledger import EpochOfRows, RoundOfRows, Seating, account, named
+from geotrain.data.ledger import EpochOfRows, RoundOfRows, Seating, account, named, rounds_of
 from geotrain.errors import OutputUnwritable
 from geotrain.report.folder import RunFolder
 
@@ -88,19 +89,55 @@ def _write_spent_rows(folder: RunFolder, file: pq.ParquetWriter) -> int:
     return written
 
 
+def samples_counted(folder: RunFolder, round: int) -> dict[str, int]:
+    """Region -> rows of the rounds that count, where the run goes on from the checkpoint before a round."""
+    seatings = _seatings(folder, round)
+    return {region: sum(record.samples for _, record, counts in rounds_of(seats) if counts) for region, seats in seatings.items()}
+
+
 def _accounts(folder: RunFolder) -> Iterator[tuple[str, tuple[RowGroup, ...], list[EpochOfRows]]]:
     """For every region its row groups, and what became of them in every epoch."""
     job, inventories = folder.job(), folder.read_json("inventory.json")
-    seatings: dict[str, dict[int, Seating]] = {}
-    for event in folder.lines("events.jsonl"):
-        if event["event"] == "seated":
-            seatings.setdefault(event["region"], {})[event["life"]] = Seating(event["cursor"], event["round"])
-    for record in folder.lines("rounds.jsonl"):
-        void = bool(record["steps"]) and not record["samples"]
-        taken = RoundOfRows(record["round"], record["epoch"], record["done"], record["steps"], void)
-        seatings[record["region"]][record["life"]].rounds.append(taken)
     train = job.train
-    for region, lives in sorted(seatings.items()):
+    for region, seats in sorted(_seatings(folder).items()):
         groups = tuple(Inventory.from_dict(inventories[region][0]).row_groups())
-        seats = [lives[life] for life in sorted(lives)]
         yield region, groups, account(groups, seats, seed=train.seed, mix=train.mix_row_groups, batch_size=train.batch_size)
+
+
+def _seatings(folder: RunFolder, back_to: float = math.inf) -> dict[str, list[Seating]]:
+    """Region -> its seats, with their rounds, and up to where these count. `back_to`: the run goes on from before that round."""
+    seats: dict[str, dict[int, Seating]] = {}
+    agreed: dict[str, int] = {}
+    """Region -> the round before which all had the same, itself among them."""
+    away: set[str] = set()
+
+    def go_back(round: float) -> None:
+        for seat in [seat for lives in seats.values() for seat in lives.values()]:
+            seat.until = min(seat.until, round)
+
+    for event in folder.lines("events.jsonl"):
+        match event["event"]:
+            case "seated":
+                seats.setdefault(event["region"], {})[event["life"]] = Seating(event["cursor"], event["round"])
+                away.discard(event["region"])
+            case "lost":
+                away.add(event["region"])
+            case "segment":
+                agreed |= dict.fromkeys(event.get("hashes", ()), event["round"])
+            case "rolled_back" | "resumed":
+                go_back(event["round"])
+    go_back(back_to)
+    held: dict[str, float] = {}
+    """Region -> the first of its rounds that no other has."""
+    for record in folder.lines("rounds.jsonl"):
+        if (seat := seats.get(record["region"], {}).get(record["life"])) is None:
+            continue  # the process was killed before it could say that
+        void = bool(record["steps"]) and not record["samples"]
+        seat.rounds.append(RoundOfRows(record["round"], record["epoch"], record["done"], record["steps"], void, record["samples"]))
+        for other, first in record.get("settled", {}).items():
+            if other != record["region"]:
+                held[other] = max(held.get(other, 0), min(first, seat.until))
+    found = {region: [lives[life] for life in sorted(lives)] for region, lives in seats.items()}
+    for region in away & found.keys():  # what only it had went with it
+        found[region][-1].until = min(found[region][-1].until, max(held.get(region, 0), agreed.get(region, 0)))
+    return found

@@ -115,6 +115,8 @@ class Run(Training):
             self.folder.event("asked_to_leave", region=more["region"])
             self.leaving.add(more["region"])
             self.control.turn.set()
+        elif what == "drain" and more["region"] in self.left:
+            self.folder.event("left", region=more["region"])  # as it did before
         elif what == "add":
             self._asked_to_add(more["region"])
         elif what == "stop" and self.training:
@@ -180,7 +182,8 @@ class Run(Training):
         spec = self.job.registry
         if spec is None:
             return None
-        number = registry.next_number(spec.url, spec.model)
+        before = registry.of_run(spec.url, spec.model, self.id)  # by a process that was killed before it could say so
+        number = before.number if before else registry.next_number(spec.url, spec.model)
         version = registry.Version(
             number=number,
             url=registry.model_url(spec.url, spec.model, number),

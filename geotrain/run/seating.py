@@ -19,6 +19,7 @@ from geotrain.members.membership import AWAY, check_same_model
 from geotrain.members.tally import Tally
 from geotrain.partition.orders import Place, SeatOrder, SeatTaken
 from geotrain.run.placing import Placing
+from geotrain.stores import patiently
 from geotrain.sync.messages import View
 from geotrain.sync.strategy import strategy_of
 
@@ -136,13 +137,13 @@ class Seating(Placing):
                     raise
 
     def _fall_back(self, damaged: Manifest, error: BadCheckpoint) -> bool:
-        """To the checkpoint before; False when there is none."""
-        checkpoint.set_aside(self.folder.url, damaged.round)
-        before = checkpoint.latest(self.folder.url)
+        """To the checkpoint before; False when there is none. Raises Stopped."""
+        self._go_on()
+        patiently(lambda: checkpoint.set_aside(self.folder.url, damaged.round), self.control.abort)
+        before = patiently(lambda: checkpoint.latest(self.folder.url), self.control.abort)
         self.folder.event("bad_checkpoint", message=error.message, round=damaged.round, back_to=before and before.round)
         if before is None:
             return False
-        self._go_on()
         for name in list(self._coming):
             self._turn_away(name, "a checkpoint turned out to be damaged meanwhile: ask again")
         self._membership = None

@@ -46,6 +46,7 @@ class RunState:
         folder.fence = self.charge.check_after_sleep
         self.strategy = strategy_of(job.sync, len(job.regions))
         self.control = Control(self.id, lambda: self.charge.number, self.charge.check_after_sleep)
+        folder.over = self.control.abort
         self.board = Board(tuple(region.name for region in job.regions))
         self.warm_start: registry.Version | None = None
         self.inventory: dict[str, tuple[Inventory, Inventory | None]] = {}
@@ -59,7 +60,7 @@ class RunState:
         """No view is older."""
         self.round = 0
         self.accounts = Accounts(job)
-        self.commits = Commits(folder, self.charge.check, job.output.keep, job.judged_by)
+        self.commits = Commits(folder, self.charge.look, job.output.keep, job.judged_by)
         self.commits.failed = self.control.turn.set  # the segment ends early, and says why
         self.replanner = Replanner(job, self.control, folder)
         self.seats_change = False

@@ -147,10 +147,14 @@ class Training(Seating):
             self.folder.flush(must=False)
 
     def check_stop(self) -> None:
-        """Between two segments. Raises Stopped where that is wanted, once the last checkpoint is committed."""
+        """Between two segments. Raises Stopped where that is wanted, once what was trained is committed.
+
+        A checkpoint that was lost with a region is made up for by that of another segment, which ends as soon as it can.
+        """
         if self.control.stop.is_set():
             self.commits.settle(self._check_parts)
-            raise Stopped(self.id)
+            if self.commits.last is None or self.commits.last.round == self.round or self.seats_change:
+                raise Stopped(self.id)
 
     def _between_segments(self, short: Sequence[str], *, over: bool) -> None:
         """What needs the checkpoint. One that was lost with a region is made up for by the next segment's."""

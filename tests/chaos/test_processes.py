@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,14 @@ from distributed import Future, LocalCluster
 from safetensors.torch import load_file
 
 from geotrain.charge import ask
-from geotrain.errors import ClusterTooSmall, DeviceFailed, Diverged, QuorumLost, Stopped
+from geotrain.errors import ClusterTooSmall, DeviceFailed, Diverged, NonFiniteLoss, QuorumLost, StateDamaged, Stopped
 from geotrain.job import JobSpec, load_job
 from geotrain.partition.partition import Partition
 from geotrain.report.folder import RunFolder
 from geotrain.report.ledger import ledger, write_spent_rows
 from geotrain.run import Run
 from tests.making import conduct, points_job
+from tests.points import flip_a_bit_of_the_next_state, never_write_a_part
 from tests.s3 import free_port
 from tests.valve import Valve
 
@@ -47,6 +48,12 @@ def pid_of(run: Run, region: str, worker: int = 0) -> int:
     address = partition.workers[worker]
     pid: int = partition.client.run(os.getpid, workers=[address])[address]
     return pid
+
+
+def on_leader(run: Run, region: str, call: Callable[..., Any], *args: Any) -> Any:
+    """Its answer, from the process of a region's leader."""
+    partition = run.partitions[region]
+    return partition.client.run(call, *args, workers=partition.workers[:1])[partition.workers[0]]
 
 
 def later(run: Run, round: int, act: Callable[[], None], region: str = "north") -> threading.Thread:
@@ -187,6 +194,25 @@ def test_a_worker_that_dies_after_the_last_segment_does_not_end_the_run(
     assert ledger(run.folder)["balanced"]
 
 
+def test_a_region_that_evaluates_while_another_is_lost_keeps_its_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long its evaluation would take: it ends with the batch that it is at."""
+    slow, restarted = tmp_path / "slow", list[str]()
+    monkeypatch.setattr(Partition, "_restart", lambda self, workers: restarted.extend(workers))
+    run = Run.start(job_of(tmp_path, "ma", regions=("north", "south"), task_args={"lr": 0.01, "slow_to_evaluate": str(slow)}))
+
+    def strike(run: Run) -> None:
+        slow.write_text("all")
+        wait_for(lambda: run.board.rows["south"].status == run.board.rows["north"].status == "evaluating")
+        time.sleep(0.5)
+        os.kill(pid_of(run, "south"), signal.SIGKILL)
+        wait_for(lambda: bool(events(run, "lost_at_end")))
+        slow.unlink()
+
+    conduct(run, in_mid_run(strike, round=EPOCHS * 10 - 50))
+    assert events(run, "lost_at_end")
+    assert not restarted
+
+
 @pytest.mark.parametrize("before_its_first_step", [False, pytest.param(True, marks=pytest.mark.chaos)])
 def test_a_worker_that_hangs_is_ended_and_replaced(tmp_path: Path, before_its_first_step: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("geotrain.plan.planner.LEAST_HANG_S", 2.0)
@@ -270,6 +296,64 @@ def test_a_region_whose_numbers_are_wrong_for_a_while_is_healed_by_the_others(tm
     assert summary["metrics"]["mse"] < 1.0
     found = ledger(run.folder)
     assert found["balanced"], found
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("again", [False, True])
+def test_what_a_peer_gives_and_is_damaged_is_asked_for_once_more(tmp_path: Path, again: bool) -> None:
+    run, damage = Run.start(job_of(tmp_path, "ma")), tmp_path / "damage"
+
+    def strike(run: Run) -> None:
+        damage.write_text("always" if again else "once")
+        for region in ("north", "west"):
+            on_leader(run, region, flip_a_bit_of_the_next_state, str(damage))
+        os.kill(pid_of(run, "south"), signal.SIGKILL)
+
+    if again:
+        with pytest.raises(StateDamaged, match="arrived with another SHA-256"):
+            conduct(run, in_mid_run(strike))
+        return
+    conduct(run, in_mid_run(strike))
+    killed, damaged = events(run, "lost")
+    assert (killed["region"], damaged["region"]) == ("south", "south")
+    assert "arrived with another SHA-256" in damaged["message"]
+    assert [event["region"] for event in events(run, "back")] == ["south", "south"]
+    assert ledger(run.folder)["balanced"]
+
+
+@pytest.mark.chaos
+def test_a_leader_that_dies_before_its_part_is_written_costs_that_checkpoint_alone(tmp_path: Path) -> None:
+    run = Run.start(job_of(tmp_path, "ma"))
+
+    def strike(run: Run) -> None:
+        on_leader(run, "south", never_write_a_part)
+        wait_for(lambda: run.board.rows["south"].rounds > 210)
+        os.kill(pid_of(run, "south"), signal.SIGKILL)
+
+    conduct(run, in_mid_run(strike))
+    assert [event["round"] for event in events(run, "checkpoint_lost")] == [200]
+    assert [event["region"] for event in events(run, "back")] == ["south"]
+    assert 300 in [event["round"] for event in events(run, "checkpoint")]
+    assert ledger(run.folder)["balanced"]
+
+
+@pytest.mark.chaos
+def test_a_region_whose_numbers_stay_wrong_ends_the_run(tmp_path: Path) -> None:
+    sick, over = tmp_path / "sick", threading.Event()
+    run = Run.start(job_of(tmp_path, "ma", regions=("north", "south"), task_args={"lr": 0.01, "sick": str(sick)}))
+
+    def strike(run: Run) -> None:
+        while not over.wait(0.05):
+            with suppress(OSError, KeyError, ValueError, IndexError):  # it has no worker at the moment
+                sick.write_text(str(pid_of(run, "south")))
+
+    try:
+        with pytest.raises(NonFiniteLoss, match="region south"):
+            conduct(run, in_mid_run(strike))
+    finally:
+        over.set()
+    assert [event["region"] for event in events(run, "lost")] == ["south"]
+    assert [event["region"] for event in events(run, "back")] == ["south"]
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -434,6 +518,31 @@ class DaskProcesses:
             process.kill()
             process.wait()
         self.processes.clear()
+
+
+@pytest.mark.chaos
+def test_a_regions_scheduler_that_stands_still_is_left_out_until_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("geotrain.clusters.cluster.ANSWER_S", 2.0)
+    monkeypatch.setattr("geotrain.partition.partition.REOPEN_S", 2.0)
+    theirs = DaskProcesses()
+    try:
+        tree = job_of(tmp_path, "ma").to_dict()
+        tree["regions"][2]["cluster"] = {"kind": "address", "address": theirs.address}
+        run = Run.start(JobSpec.model_validate(tree))
+
+        def strike(run: Run) -> None:
+            theirs.processes[0].send_signal(signal.SIGSTOP)
+            wait_for(lambda: events(run, "lost") != [])
+            before = run.board.rows["north"].rounds
+            wait_for(lambda: run.board.rows["north"].rounds > before + 20)  # the others go on without it
+            theirs.processes[0].send_signal(signal.SIGCONT)
+
+        conduct(run, in_mid_run(strike))
+        assert {event["region"] for event in events(run, "lost")} == {"west"}
+        assert events(run, "back")
+        assert ledger(run.folder)["balanced"]
+    finally:
+        theirs.end()
 
 
 @pytest.mark.chaos

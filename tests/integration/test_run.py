@@ -8,17 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from geotrain import checkpoint, registry
+from geotrain.charge import ask
 from geotrain.clusters import RegionCluster
 from geotrain.errors import ClusterTooSmall, GeotrainError, JobError, NothingToResume, Stopped
 from geotrain.job import JobSpec
 from geotrain.partition.partition import Partition
 from geotrain.report.folder import RunFolder
-from geotrain.report.ledger import ledger
+from geotrain.report.ledger import ledger, write_spent_rows
 from geotrain.run import Run
 from geotrain.simulate.simulate import simulate
 from tests.making import conduct, points_job, write_points
@@ -220,10 +222,10 @@ def test_a_run_resumes_with_fewer_regions_and_workers_and_with_more_again(tmp_pa
 
     scale = RegionCluster.scale
 
-    def too_small(self: RegionCluster, workers: int) -> list[str]:
+    def too_small(self: RegionCluster, workers: int, check: Callable[[], None]) -> list[str]:
         if workers > 1:
             raise ClusterTooSmall(self.region, workers, 1, 0.0)
-        return scale(self, workers)
+        return scale(self, workers, check)
 
     monkeypatch.setattr(RegionCluster, "scale", too_small)
     monkeypatch.setattr(Partition, "spare", lambda self: False)
@@ -245,6 +247,48 @@ def test_a_run_resumes_with_fewer_regions_and_workers_and_with_more_again(tmp_pa
     assert not any(row["again"] for row in found["regions"])
     assert all(row["once"] == row["rows"] for row in found["regions"] if row["region"] != "west")
     assert summary["metrics"]["mse"] < 0.5
+
+
+def test_without_a_region_a_killed_run_counts_of_it_what_the_checkpoint_has(tmp_path: Path) -> None:
+    train = {"batch_size": 10, "epochs": 12, "seed": 3}
+    run = Run.start(points_job(tmp_path, ("north", "south", "west"), train=train, schedule={"segment_rounds": 40}))
+
+    def die(run: Run, segment: int) -> None:
+        def at_once() -> None:
+            while run.board.rows["west"].rounds < 50:
+                time.sleep(0.01)
+            ask(run.folder.url, "force")
+
+        if segment == 2:
+            threading.Thread(target=at_once, daemon=True).start()
+
+    with pytest.raises(Stopped):
+        conduct(run, die)
+    told = [record["round"] for record in run.folder.lines("rounds.jsonl") if record["region"] == "west"]
+    resumed = Run.resume(run.folder, without=["west"])
+    assert (resumed.round, max(told) >= 40) == (40, True)
+    summary = conduct(resumed)
+    found = ledger(run.folder)
+    assert found["balanced"], found
+    counted = {name: sum(row["once"] for row in found["regions"] if row["region"] == name) for name in ("north", "south", "west")}
+    assert counted == {row["region"]: row["samples"] for row in summary["regions"]}
+    assert counted["west"] == 40 * 20
+    write_spent_rows(run.folder, tmp_path / "rows.parquet")
+    lost = pq.read_table(tmp_path / "rows.parquet", filters=[("region", "=", "west")])
+    assert set(lost["round"].to_pylist()) == {round for round in told if round >= 40}
+    assert not any(lost["again"].to_pylist())
+
+
+def test_a_run_that_was_killed_while_it_published_publishes_no_second_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = points_job(tmp_path, registry={"url": str(tmp_path / "registry"), "model": "points", "metric": "mse", "higher_is_better": False})
+    run = Run.start(job)
+    monkeypatch.setattr(Run, "report", lambda self: (_ for _ in ()).throw(MemoryError("as if killed")))
+    with pytest.raises(MemoryError):
+        conduct(run)
+    monkeypatch.undo()
+    summary = conduct(Run.resume(run.folder))
+    assert (summary["version"], summary["verdict"]) == (1, "champion: it was entered before")
+    assert registry.next_number(str(tmp_path / "registry"), "points") == 2
 
 
 def test_until_a_metric_is_reached(tmp_path: Path) -> None:

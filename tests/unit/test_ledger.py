@@ -43,6 +43,13 @@ def test_rounds_lost_with_a_seat_are_void_and_trained_again() -> None:
     assert [one.rounds_again for one in found] == [[], [3], [4]]
 
 
+def test_rounds_that_nobody_holds_are_void_though_no_later_seat_took_them_again() -> None:
+    found = account(GROUPS, [Seating(cursor(), 0, rounds(0, 5), until=3)], **SETTINGS)
+    assert sums(found) == [(100, 0, 0, 0), (50, 0, 50, 0), (0, 0, 100, 0)]
+    assert [one.away for one in found] == [False, True, True]
+    assert [spent.round for one in found for spent in one.spent] == [3, 4]
+
+
 def test_a_round_that_a_seat_took_again_counts_once() -> None:
     found = account(
         GROUPS, [Seating(cursor(), 0, [RoundOfRows(0, 0, 5, 5), RoundOfRows(0, 0, 5, 5), RoundOfRows(1, 0, 10, 5)])], **SETTINGS

@@ -19,7 +19,11 @@ REGIONS = ("north", "south")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
-    return RunFolder.create(points_job(tmp_path), "r")
+    folder = RunFolder.create(points_job(tmp_path), "r")
+    for region in REGIONS:
+        folder.event("seated", region=region, round=0, life=7, workers=1, cursor={"epoch": 0, "used": [0]})
+    folder.flush()
+    return folder
 
 
 def ended(folder: RunFolder, region: str, round: int, sha256: str = "same") -> None:
@@ -72,3 +76,20 @@ def test_a_region_that_was_away_is_not_waited_for_and_one_that_came_is_in(folder
     both = commit_late(folder, alone, REGIONS, agree=True)
     assert both is not None
     assert both.totals["south"]["samples"] == 50
+
+
+def test_a_region_that_was_lost_meanwhile_is_not_waited_for_and_its_rounds_count_as_far_as_others_hold_them(folder: RunFolder) -> None:
+    for region in REGIONS:
+        ended(folder, region, 10)
+    manifest = commit_late(folder, None, REGIONS, agree=True)
+    assert manifest is not None
+    for round in range(10, 15):
+        same = {"at": 0.0, "round": round, "epoch": 0, "done": round + 1, "steps": 1, "samples": 5, "life": 7}
+        folder.round({**same, "region": "south"})
+        folder.round({**same, "region": "north", "settled": {"south": 13}})
+    folder.event("lost", region="south", message="killed")
+    folder.flush()
+    ended(folder, "north", 20)
+    late = commit_late(folder, manifest, REGIONS, agree=True)
+    assert late is not None
+    assert (late.round, late.totals["north"]["samples"], late.totals["south"]["samples"]) == (20, 100, 50 + 3 * 5)

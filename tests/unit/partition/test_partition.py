@@ -1,11 +1,15 @@
 """A partition takes no worker that hung, or is about to end, however it asks for its workers."""
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from geotrain.errors import ClusterTooSmall, ClusterUnreachable, RunTaken
+from geotrain.clusters import RegionCluster
+from geotrain.errors import ClusterTooSmall, ClusterUnreachable, RunTaken, Stopped
 from geotrain.partition.partition import Control, Partition
 from tests.making import points_job
 
@@ -26,9 +30,8 @@ class Cluster:
     def workers(self) -> list[str]:
         return list(self.there)
 
-    def scale(self, workers: int) -> list[str]:
-        if not self.there:
-            raise OSError("no scheduler")
+    def scale(self, workers: int, check: Callable[[], None]) -> list[str]:
+        check()
         return self.there[:workers]
 
 
@@ -60,10 +63,42 @@ def test_one_that_came_to_the_same_address_does(partition: Partition, cluster: C
     assert partition.workers == ["a", "b"]
 
 
-def test_a_scheduler_that_is_gone_is_a_cluster_that_cannot_be_reached(partition: Partition, cluster: Cluster) -> None:
-    cluster.there.clear()
-    with pytest.raises(ClusterUnreachable, match="region north"):
+def test_one_that_was_busy_for_too_long_does_once_it_is_free(partition: Partition) -> None:
+    answer = SimpleNamespace(status="pending")
+    partition._unusable.add("a")
+    partition._owed["a"] = cast(Any, answer)
+    assert partition.regroup(2, 0.0) == 2
+    assert partition.workers == ["b", "c"]
+    answer.status = "finished"
+    partition.scale(2)
+    assert partition.workers == ["a", "b"]
+
+
+def test_nobody_waits_for_workers_of_a_run_that_is_to_end(partition: Partition) -> None:
+    partition.control.abort.set()
+    with pytest.raises(Stopped):
         partition.scale(1)
+
+
+@pytest.mark.parametrize("error", [OSError("no scheduler"), TimeoutError()])
+def test_a_scheduler_that_is_gone_or_stands_still_is_a_cluster_that_cannot_be_reached(error: Exception) -> None:
+    def sync(*_: Any, **__: Any) -> None:
+        raise error
+
+    client = SimpleNamespace(sync=sync, scheduler=SimpleNamespace(identity=None))
+    with pytest.raises(ClusterUnreachable, match=f"region north: .*{error or 'TimeoutError'}"):
+        RegionCluster("north", cast(Any, client), None, ExitStack()).workers()
+
+
+def test_what_a_provider_raises_is_a_cluster_that_cannot_be_reached() -> None:
+    class ApiException(Exception): ...
+
+    def scale(_: int) -> None:
+        raise ApiException("403: quota")
+
+    cluster = RegionCluster("north", cast(Any, None), SimpleNamespace(scale=scale), ExitStack())
+    with pytest.raises(ClusterUnreachable, match="region north: .*ApiException: 403: quota"):
+        cluster.ask_for(2)
 
 
 def test_who_was_overtaken_ends_nobodys_workers(tmp_path: Path, cluster: Any) -> None:
