@@ -212,8 +212,8 @@ class Fault:
     epochs: int = 80
 
 
-STORED: dict[str, Any] = {"noticed": (), "over": ("checkpoint",), "first": True, "epochs": 160}
-COMES: dict[str, Any] = {"noticed": ("asked_to_come",), "over": ("joined",), "comes": True, "epochs": 160}
+STORED: dict[str, Any] = {"noticed": (), "over": ("checkpoint",), "first": True}
+COMES: dict[str, Any] = {"noticed": ("asked_to_come",), "over": ("joined",), "comes": True, "epochs": 120}
 BELIEVED = {f"regions.{name}.devices": [{"kind": "cpu", "count": 1, "samples_per_s": SPEED}] for name in (ANOTHER, "frankfurt")}
 SLOW: dict[str, Any] = {
     **BELIEVED,
@@ -230,16 +230,16 @@ FAULTS: dict[str, Fault] = {
     "leader gets SIGTERM": Fault(lambda scene: scene.kill(number=signal.SIGTERM)),
     "all leaders killed": Fault(Scene.kill_all),
     "fork server killed": Fault(lambda scene: kill_fork_server()),
-    "leader hangs": Fault(lambda scene: scene.kill(number=signal.SIGSTOP), epochs=240),
+    "leader hangs": Fault(lambda scene: scene.kill(number=signal.SIGSTOP)),
     "leader killed at the evaluation": Fault(lambda scene: scene.kill_at("evaluate"), noticed=("lost_at_end",), over=("evaluated",)),
-    "leader killed before its part is written": Fault(Scene.kill_before_a_part_is_written, over=("back", "checkpoint_lost"), epochs=120),
-    "leader killed, and what a peer gives is damaged": Fault(Scene.damage_a_state, epochs=120),
+    "leader killed before its part is written": Fault(Scene.kill_before_a_part_is_written, over=("back", "checkpoint_lost")),
+    "leader killed, and what a peer gives is damaged": Fault(Scene.damage_a_state),
     "device fails": Fault(lambda scene: scene.fail("broken")),
     "NaN, three rounds in a row": Fault(lambda scene: scene.fail("sick"), noticed=("void_round",)),
     "hashes differ": Fault(Scene.disagree, noticed=("rolled_back",), over=("seated",)),
     "scheduler lost for 3 s": Fault(Scene.lose_scheduler, elsewhere=True),
     "links cut for 10 s": Fault(lambda scene: scene.cut(CUT_S), noticed=(), over=()),
-    "links cut for 90 s": Fault(lambda scene: scene.cut(LONG_CUT_S), epochs=240),
+    "links cut for 90 s": Fault(lambda scene: scene.cut(LONG_CUT_S), epochs=200),
     "bucket answers 500 for 20 s": Fault(Scene.fail_to_store, place=in_a_bucket, **STORED),
     "disk full for 20 s": Fault(Scene.fail_to_store, place=on_a_small_disk, **STORED),
     "place of the checkpoints lost": Fault(Scene.lose_checkpoints, noticed=(), over=("failed",), ends=OutputUnwritable),
@@ -251,5 +251,7 @@ FAULTS: dict[str, Fault] = {
     "another region's worker killed as one is added": Fault(
         lambda scene: scene.add_while_one_dies(ANOTHER), **{**COMES, "noticed": ("lost",), "over": ("back", "joined")}
     ),
-    "region added whose worker is killed": Fault(lambda scene: scene.add_while_one_dies(VICTIM), **{**COMES, "over": ("not_added",)}),
+    "region added whose worker is killed": Fault(
+        lambda scene: scene.add_while_one_dies(VICTIM), **{**COMES, "noticed": (), "over": ("not_added",)}
+    ),
 }

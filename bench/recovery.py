@@ -236,7 +236,7 @@ def crashed() -> float:
 def without_prefect() -> dict[str, float]:
     """The longest time without a round of any region while the Prefect server is away for 10 s, and once it is back."""
     with tempfile.TemporaryDirectory() as folder, prefect.serving(Path(folder)) as server:
-        changes = {**data(), "output.url": f"{folder}/runs", "registry": None, "train.epochs": 240}
+        changes = {**data(), "output.url": f"{folder}/runs", "registry": None, "train.epochs": 160}
         words = [sys.executable, "-c", prefect.TRAINS, JOB, json.dumps(changes)]
         flow = subprocess.Popen(words, env=server.env, stdout=server.log, stderr=server.log, cwd=ROOT)
         try:

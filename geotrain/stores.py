@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 PATIENCE_S = 180.0
 """How long a store may fail in mid-run."""
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 4.0
 PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EREMOTEIO, errno.EIO, errno.EBUSY, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH}
 
 

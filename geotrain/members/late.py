@@ -44,7 +44,7 @@ def commit_late(folder: RunFolder, last: Manifest | None, regions: Sequence[str]
 
 def _lost(folder: RunFolder) -> set[str]:
     """Regions that were away when the run was last heard of."""
-    lost = set()
+    lost: set[str] = set()
     for event in folder.lines("events.jsonl"):
         if event["event"] in ("seated", "lost"):
             (lost.add if event["event"] == "lost" else lost.discard)(event["region"])

@@ -3,7 +3,7 @@
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -271,9 +271,7 @@ class Partition:
         return all(worker in there and self._signs.no_beat_for(worker, there[worker]) is None for worker in workers)
 
     def vacate(self) -> None:
-        """Give up the seats, to take others."""
-        for thread in self._telling:
-            thread.join()
+        """Give up the seats, to take others. What is still on its way to them does not concern those."""
         self._take_back(self.workers)
 
     def let_go(self, workers: Collection[str]) -> bool:
@@ -308,11 +306,16 @@ class Partition:
         with suppress(ClusterError, *CLIENT_ERRORS):
             answers = {worker: self._submit(worker, "here") for worker in self._usable() if worker in self.workers}
             until = time.monotonic() + SETTLE_S
-            while any(answer.status == "pending" for answer in answers.values()) and time.monotonic() < until:
+            while (silent := self._silent(answers)) and time.monotonic() < until:
                 time.sleep(POLL_S)
-            if silent := [worker for worker, answer in answers.items() if answer.status == "pending"]:
+            if silent:
                 self._restart(silent)
                 self._owed.update({worker: answers[worker] for worker in silent if worker in self._unusable})
+
+    def _silent(self, answers: Mapping[str, Future]) -> list[str]:
+        """Those that have not answered and are there: Dask would wait for ever for one that went before it was asked."""
+        pending = [worker for worker, answer in answers.items() if answer.status == "pending"]
+        return sorted(set(pending) & self.cluster.there().keys()) if pending else []
 
     def _restart(self, workers: list[str]) -> None:
         """By their nannies; one without is not used. Raises RunTaken."""

@@ -229,7 +229,9 @@ class Trainer:
         return ", ".join(uris[:3]) + (f" and {len(uris) - 3} more" if len(uris) > 3 else "")
 
 
-def evaluate(trainer: Trainer, held_out: Inventory, batch_size: int, check: Callable[[], None]) -> dict[str, tuple[float, float]]:
+def evaluate(
+    trainer: Trainer, held_out: Inventory, batch_size: int, check: Callable[[], None] = lambda: None
+) -> dict[str, tuple[float, float]]:
     """Sums and counts over all held-out rows of the region. `check`: called before every batch; raises when nobody wants them any more.
 
     Raises TaskFailed.

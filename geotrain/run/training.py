@@ -233,8 +233,7 @@ class Training(Seating):
         if self._ends == MOST_ENDS:
             raise error
         self.folder.event("lost_at_end", message=error.message, round=self.round)
-        for region in self.present:
-            self.partitions[region].abandon()
+        self.in_every_region(lambda region: self.partitions[region].abandon(), regions=self.present)
         last = self.commits.last
         self._begin_again(error.message, trained=last is None or last.round != self.round)
         self.seats_change = next(self.segments_left(), None) is not None  # else all must get their seats, as in a resume
