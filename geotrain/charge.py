@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from geotrain.errors import NotRunning, OutputUnwritable, RunTaken
-from geotrain.stores import STORE_ERRORS, create_whole, is_local, open_url, write_whole
+from geotrain.stores import PATIENCE_S, STORE_ERRORS, create_whole, is_local, open_url, patiently, write_whole
 
 BEAT_S, LOCAL_BEAT_S = 2.0, 0.5
 """Between two looks at the requests."""
@@ -77,15 +77,23 @@ class Charge:
     def held(self) -> bool:
         return self._thread is not None
 
+    def look_after_sleep(self) -> None:
+        """Before anything is written: `look`, where this process did not renew its lease for long."""
+        if self.held and time.monotonic() - self._renewed_at > LEASE_S / 2:
+            self.look()
+
     def check_after_sleep(self) -> None:
-        """Before anything is written: the same where this process did not renew its lease for long. Raises RunTaken, OutputUnwritable."""
+        """The same. Raises RunTaken, OutputUnwritable."""
         if self.held and time.monotonic() - self._renewed_at > LEASE_S / 2:
             self.check()
 
-    def check(self) -> None:
-        """Before anything is committed. Raises RunTaken when another process is in charge by now, OutputUnwritable."""
+    def check(self, over: threading.Event | None = None) -> None:
+        """Before anything is committed. Raises RunTaken when another process is in charge by now, OutputUnwritable.
+
+        `over`: a store that fails for a while is waited for, until this is set.
+        """
         try:
-            self.look()
+            patiently(self.look, over, PATIENCE_S if over is not None else 0.0)
         except STORE_ERRORS as error:
             raise OutputUnwritable("the flow", self.path, str(error) or type(error).__name__) from error
 

@@ -200,7 +200,7 @@ def commit(run_url: str, manifest: Manifest, over: threading.Event | None = None
 def latest(run_url: str) -> Manifest | None:
     """The newest committed checkpoint of a run whose manifest can be read; None when there is none."""
     fs, path = open_url(join(run_url, "checkpoints"))
-    fs.invalidate_cache(path)
+    fs.invalidate_cache()  # s3fs keeps the listing of every folder below as well
     for name in sorted(fs.glob(f"{path}/*/manifest.json"), reverse=True):
         with contextlib.suppress(ValueError, TypeError, KeyError):
             return _manifest(fs.cat_file(name))
@@ -217,14 +217,15 @@ def _manifest(content: bytes) -> Manifest:
 def set_aside(run_url: str, round: int) -> None:
     """A checkpoint that cannot be used is none any more; its parts stay, for who wants to look at them."""
     fs, path = open_url(folder(run_url, round))
-    fs.mv(f"{path}/manifest.json", f"{path}/manifest.damaged.json")
+    with contextlib.suppress(FileNotFoundError):  # it was set aside, and what follows failed
+        fs.mv(f"{path}/manifest.json", f"{path}/manifest.damaged.json")
     forget_late(run_url, round)
 
 
 def forget_late(run_url: str, since: int) -> None:
     """The run goes on from an earlier checkpoint: what regions wrote for those since is not to be committed late."""
     fs, path = open_url(join(run_url, "checkpoints"))
-    fs.invalidate_cache(path)
+    fs.invalidate_cache()
     for name in fs.glob(f"{path}/*/*.done.json"):
         if int(name.rsplit("/", 2)[-2]) >= since:
             fs.rm_file(name)

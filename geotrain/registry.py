@@ -6,6 +6,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from geotrain.checkpoint import join, read_bytes, write_bytes
@@ -47,10 +48,11 @@ def next_number(registry: str, model: str) -> int:
 def of_run(registry: str, model: str, run: str) -> Version | None:
     """The version that a run has published already."""
     fs, path = open_url(join(registry, model, "versions"))
-    fs.invalidate_cache(path)
+    fs.invalidate_cache()
     for name in sorted(fs.glob(f"{path}/*/version.json"), reverse=True):
-        if (known := Version(**json.loads(fs.cat_file(name)))).run == run:
-            return known
+        with suppress(ValueError, TypeError):  # somebody else's
+            if (known := Version(**json.loads(fs.cat_file(name)))).run == run:
+                return known
     return None
 
 

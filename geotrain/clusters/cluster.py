@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, assert_never
 
 import dask
@@ -32,6 +32,21 @@ GROW_MARGIN_S = 10.0
 
 CLIENT_ERRORS = (OSError, TimeoutError, ValueError, RuntimeError, AttributeError, CancelledError)
 """What a Dask client raises that has lost its scheduler; AttributeError, since it then has none."""
+
+
+class ReachingClient(Client):
+    """Dask's leaves a thread and an event loop behind where nobody answers, until garbage is collected: which then may wait for itself."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        try:
+            super().__init__(*args, **more)
+        except BaseException:
+            with suppress(Exception):
+                self.close(1.0)
+            self.status = "closed"
+            if (runner := getattr(self, "_loop_runner", None)) is not None:
+                runner.stop()
+            raise
 
 
 class RegionCluster:
@@ -119,16 +134,16 @@ def open_cluster(spec: RegionSpec, connect_s: float = CONNECT_S) -> RegionCluste
                 where = "this machine"
                 with _STARTING:
                     cluster = stack.enter_context(RegionLocalCluster(spec))
-                client = stack.enter_context(Client(cluster, set_as_default=False, timeout=CONNECT_S))
+                client = stack.enter_context(ReachingClient(cluster, set_as_default=False, timeout=CONNECT_S))
             case AddressCluster():
                 where, cluster = spec.cluster.address, None
                 security = _security(spec.cluster)
-                client = stack.enter_context(Client(where, set_as_default=False, timeout=connect_s, security=security))
+                client = stack.enter_context(ReachingClient(where, set_as_default=False, timeout=connect_s, security=security))
             case ClassCluster():
                 where = spec.cluster.path
                 with _STARTING:
                     cluster = stack.enter_context(_cluster_class(spec.name, where)(**spec.cluster.args))
-                client = stack.enter_context(Client(cluster, set_as_default=False, timeout=CONNECT_S))
+                client = stack.enter_context(ReachingClient(cluster, set_as_default=False, timeout=CONNECT_S))
                 if not RegionCluster(spec.name, client, cluster, stack).there():
                     cluster.scale(1)
             case _:

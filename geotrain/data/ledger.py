@@ -27,6 +27,7 @@ class RoundOfRows:
     void: bool = False
     """It ended in a NaN or an infinity, and counts for nothing."""
     samples: int = 0
+    """Rows."""
 
 
 @dataclass(slots=True)
@@ -109,16 +110,17 @@ def account(groups: Sequence[RowGroup], seatings: Sequence[Seating], *, seed: in
     spent: dict[int, list[tuple[int, Literal["lost", "void"], bool, NDArray[np.int64]]]] = {}
     away = set(range(seatings[0].cursor["epoch"])) if seatings else set()
     """Epochs, to begin with those before the region came."""
-    taken = [_Rows(groups, seating.cursor, seed, mix, batch_size) for seating in seatings]
     at, expected, last, end = -1, 0, 0, 0
     for number, record, stands in rounds_of(seatings):
+        seating = seatings[number]
         if number != at:
-            at, expected, last = number, seatings[number].round, seatings[number].cursor["epoch"]
-        gone = number == len(seatings) - 1 and record.round >= seatings[number].until
+            at, expected, last = number, seating.round, seating.cursor["epoch"]
+            taken = _Rows(groups, seating.cursor, seed, mix, batch_size)
+        gone = number == len(seatings) - 1 and record.round >= seating.until
         if record.round > expected or gone:  # it made no such round, or took no seat to make it again
             away |= set(range(last, record.epoch + 1))
         expected, last, end = record.round + 1, record.epoch, max(end, record.epoch)
-        for epoch, positions in taken[number].of(record):
+        for epoch, positions in taken.of(record):
             counts.setdefault(epoch, np.zeros(rows, dtype=np.int32))
             if stands and not record.void:
                 np.add.at(counts[epoch], positions, 1)

@@ -19,36 +19,41 @@ def commit_late(folder: RunFolder, last: Manifest | None, regions: Sequence[str]
     the WAN in those segments is in no total.
     """
     fs, path = open_url(join(folder.url, "checkpoints"))
-    fs.invalidate_cache(path)
+    fs.invalidate_cache()
     folders = sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False)) if fs.exists(path) else []
-    newest, lost = last, _lost(folder)
+    newest, (lives, lost) = last, _seats(folder)
     for name in folders:
         if newest is not None and int(name) <= newest.round:
             continue
-        written = [region for region in regions if fs.exists(join(path, name, f"{region}.done.json"))]
+        there = [region for region in regions if fs.exists(join(path, name, f"{region}.done.json"))]
+        notes = {region: json.loads(read_bytes(join(folder.url, "checkpoints", name, f"{region}.done.json"))) for region in there}
+        told = {region: note for region, note in notes.items() if note["done"]["life"] == lives.get(region)}  # others were given up
         present = {part.region for part in newest.parts if part.round == newest.round} & set(regions) if newest else set(regions)
-        if not written or not present - lost <= set(written):
+        if not told or not present - lost <= told.keys():
             continue
-        told = [json.loads(read_bytes(join(folder.url, "checkpoints", name, f"{region}.done.json"))) for region in written]
-        done = [SegmentDone.from_dict(note["done"]) for note in told]
+        done = [SegmentDone.from_dict(note["done"]) for note in told.values()]
         if {part.round for part in done} != {int(name)} or (agree and len({part.sha256 for part in done}) != 1):
             continue
         _make_up_rounds(folder, done)
         samples = samples_counted(folder, int(name))
-        newest = _manifest(folder.run, newest, done, samples, [StoredPart(**note["part"]) for note in told])
+        newest = _manifest(folder.run, newest, done, samples, [StoredPart(**note["part"]) for note in told.values()])
         commit(folder.url, newest)
         hashes = {part.region: part.sha256[:12] for part in done}
         folder.event("segment", segment=newest.segment, round=newest.round, metrics=newest.metrics, hashes=hashes, late=True)
     return newest if newest is not last else None
 
 
-def _lost(folder: RunFolder) -> set[str]:
-    """Regions that were away when the run was last heard of."""
+def _seats(folder: RunFolder) -> tuple[dict[str, int], set[str]]:
+    """(region -> life of its last seat, regions that were away) when the run was last heard of."""
+    lives: dict[str, int] = {}
     lost: set[str] = set()
     for event in folder.lines("events.jsonl"):
-        if event["event"] in ("seated", "lost"):
-            (lost.add if event["event"] == "lost" else lost.discard)(event["region"])
-    return lost
+        if event["event"] == "seated":
+            lives[event["region"]] = event["life"]
+            lost.discard(event["region"])
+        elif event["event"] == "lost":
+            lost.add(event["region"])
+    return lives, lost
 
 
 def _make_up_rounds(folder: RunFolder, done: Sequence[SegmentDone]) -> None:

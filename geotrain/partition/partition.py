@@ -163,7 +163,7 @@ class Partition:
     def _usable(self) -> list[str]:
         there = self.cluster.workers()
         self._unusable.intersection_update(there)  # one that went, and comes to the same address, is another
-        for worker in [worker for worker, answer in self._owed.items() if answer.status == "finished"]:
+        for worker in [worker for worker, answer in self._owed.items() if answer.status != "pending"]:
             del self._owed[worker]
             self._unusable.discard(worker)
         return [worker for worker in there if worker not in self._unusable]

@@ -42,7 +42,7 @@ class RunFolder:
         self._pending: dict[str, list[str]] = {"rounds.jsonl": [], "events.jsonl": []}
         self._soon: list[threading.Thread] = []
         self.fence: Callable[[], None] = lambda: None
-        """Raises RunTaken where another process is in charge by now: what this one still has to say is dropped."""
+        """Raises RunTaken where another process is in charge by now, whereupon what this one still has to say is dropped; STORE_ERRORS."""
         self.over: threading.Event | None = None
         """Of who conducts the run: a store that fails for a while is waited for, until this is set."""
 
@@ -76,8 +76,7 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Raises OutputUnwritable, RunTaken."""
-        self.fence()
-        write_bytes("the flow", join(self.url, name), text.encode(), over=self.over)
+        write_bytes("the flow", join(self.url, name), text.encode(), over=self.over, fence=self.fence)
 
     def write_json(self, name: str, tree: Any) -> None:
         self.write(name, json.dumps(tree, indent=1))
@@ -115,18 +114,6 @@ class RunFolder:
         if must:
             for thread in self._soon:
                 thread.join()
-        try:
-            self.fence()
-        except RunTaken:
-            with self._lock:
-                for lines in self._pending.values():
-                    lines.clear()
-            if must:
-                raise
-        except OutputUnwritable:
-            if must:
-                raise
-            return
         with self._flushing:
             for name in self._pending:
                 with self._lock:
@@ -135,6 +122,13 @@ class RunFolder:
                     continue
                 try:
                     self._add_lines(join(self._path, name), "".join(f"{line}\n" for line in lines), patient=must)
+                except RunTaken:
+                    with self._lock:
+                        for pending in self._pending.values():
+                            pending.clear()
+                    if must:
+                        raise
+                    return
                 except OutputUnwritable:
                     if must:
                         raise
@@ -153,6 +147,7 @@ class RunFolder:
 
     def _add_lines(self, path: str, text: str, *, patient: bool) -> None:
         def add() -> None:
+            self.fence()
             if self.appends:
                 _append_whole(path, text.encode())
             else:

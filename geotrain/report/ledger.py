@@ -114,6 +114,7 @@ def _seatings(folder: RunFolder, back_to: float = math.inf) -> dict[str, list[Se
     def go_back(round: float) -> None:
         for seat in [seat for lives in seats.values() for seat in lives.values()]:
             seat.until = min(seat.until, round)
+        agreed.update({region: int(min(before, round)) for region, before in agreed.items()})
 
     for event in folder.lines("events.jsonl"):
         match event["event"]:
@@ -126,6 +127,8 @@ def _seatings(folder: RunFolder, back_to: float = math.inf) -> dict[str, list[Se
                 agreed |= dict.fromkeys(event.get("hashes", ()), event["round"])
             case "rolled_back" | "resumed":
                 go_back(event["round"])
+            case "bad_checkpoint" if event.get("back_to") is not None:
+                go_back(event["back_to"])
     go_back(back_to)
     held: dict[str, float] = {}
     """Region -> the first of its rounds that no other has."""

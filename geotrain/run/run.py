@@ -175,7 +175,7 @@ class Run(Training):
     def publish(self) -> tuple[registry.Version, str] | None:
         """Write the model beside the run, and a version into the registry. Returns it with the verdict on the champion."""
         assert self.plan is not None
-        self.charge.check()
+        self.charge.check(self.control.abort)
         self.board.enter("publishing")
         leader = self.partitions[self.plan.owner if self.plan.owner in self.present else self.present[0]]
         leader.write_model(checkpoint.join(self.folder.url, "model.safetensors"))
@@ -195,7 +195,7 @@ class Run(Training):
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         leader.write_model(version.url)
-        self.charge.check()
+        self.charge.check(self.control.abort)
         verdict = registry.enter(spec, version)
         self.folder.event("published", version=version.number, verdict=verdict)
         self.published = (version, verdict)

@@ -43,7 +43,7 @@ class RunState:
         self.left: set[str] = set()
         """Regions that left for good."""
         self.charge = Charge(self.id, folder.url, self._asked)
-        folder.fence = self.charge.check_after_sleep
+        folder.fence = self.charge.look_after_sleep
         self.strategy = strategy_of(job.sync, len(job.regions))
         self.control = Control(self.id, lambda: self.charge.number, self.charge.check_after_sleep)
         folder.over = self.control.abort

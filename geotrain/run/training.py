@@ -153,7 +153,7 @@ class Training(Seating):
         """
         if self.control.stop.is_set():
             self.commits.settle(self._check_parts)
-            if self.commits.last is None or self.commits.last.round == self.round or self.seats_change:
+            if (self.commits.last.round if self.commits.last else 0) == self.round or self.seats_change:
                 raise Stopped(self.id)
 
     def _between_segments(self, short: Sequence[str], *, over: bool) -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from geotrain.clusters.code import pack
 from geotrain.errors import ClusterTooSmall, ClusterUnreachable, JobError
 from geotrain.job import AddressCluster, ClassCluster, DataSpec, Device, LocalCluster, RegionSpec, SecurityFiles
 from geotrain.wan import certs
+from tests.s3 import free_port
 
 
 def region(cluster: object, devices: tuple[Device, ...] = (Device(),)) -> RegionSpec:
@@ -49,6 +51,14 @@ def test_a_tls_scheduler_lets_nobody_in_without_its_files(tmp_path: Path) -> Non
         wrong = SecurityFiles(ca=files.ca, cert=str(other), key=str(other.with_suffix(".key")))
         with pytest.raises(ClusterUnreachable, match="region north"):
             open_cluster(region(AddressCluster(kind="address", address=address, security=wrong)))
+
+
+def test_a_scheduler_that_is_not_there_leaves_no_thread_behind() -> None:
+    quiet_dask()
+    before = set(threading.enumerate())
+    with pytest.raises(ClusterUnreachable, match="region north"):
+        open_cluster(region(AddressCluster(kind="address", address=f"tcp://127.0.0.1:{free_port()}")), 1.0)
+    assert not [thread for thread in threading.enumerate() if thread not in before and thread.name == "IO loop"]
 
 
 @pytest.fixture(params=["local", "address", "tls", "class"])

@@ -251,7 +251,8 @@ def test_a_run_resumes_with_fewer_regions_and_workers_and_with_more_again(tmp_pa
 
 def test_without_a_region_a_killed_run_counts_of_it_what_the_checkpoint_has(tmp_path: Path) -> None:
     train = {"batch_size": 10, "epochs": 12, "seed": 3}
-    run = Run.start(points_job(tmp_path, ("north", "south", "west"), train=train, schedule={"segment_rounds": 40}))
+    slowly = {"mbit_per_s": 100, "rtt_ms": 100}  # a segment lasts long enough for a request to be heard
+    run = Run.start(points_job(tmp_path, ("north", "south", "west"), train=train, schedule={"segment_rounds": 40}, shape=slowly))
 
     def die(run: Run, segment: int) -> None:
         def at_once() -> None:

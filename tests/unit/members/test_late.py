@@ -93,3 +93,11 @@ def test_a_region_that_was_lost_meanwhile_is_not_waited_for_and_its_rounds_count
     late = commit_late(folder, manifest, REGIONS, agree=True)
     assert late is not None
     assert (late.round, late.totals["north"]["samples"], late.totals["south"]["samples"]) == (20, 100, 50 + 3 * 5)
+
+
+def test_what_an_earlier_seat_wrote_is_not_committed(folder: RunFolder) -> None:
+    for region in REGIONS:
+        ended(folder, region, 10)
+    folder.event("seated", region="south", round=0, life=8, workers=1, cursor={"epoch": 0, "used": [0]})
+    folder.flush()
+    assert commit_late(folder, None, REGIONS, agree=True) is None

@@ -1,0 +1,63 @@
+"""Which rounds of a run's folder count: those that somebody holds."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from geotrain.report.folder import RunFolder
+from geotrain.report.ledger import samples_counted
+from tests.making import points_job
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder.create(points_job(tmp_path), "r")
+
+
+def seated(folder: RunFolder, region: str, life: int, round: int) -> None:
+    folder.event("seated", region=region, life=life, round=round, workers=1, cursor={"epoch": 0, "used": [0]})
+
+
+def made(folder: RunFolder, region: str, life: int, rounds: range, **settled: int) -> None:
+    for round in rounds:
+        record: dict[str, Any] = {"at": 0.0, "epoch": 0, "done": round + 1, "steps": 1, "samples": 1, "settled": settled}
+        folder.round({**record, "region": region, "life": life, "round": round})
+
+
+def counted(folder: RunFolder, until: int = 1000) -> dict[str, int]:
+    folder.flush()
+    return samples_counted(folder, until)
+
+
+def test_a_region_that_is_lost_for_good_counts_as_far_as_others_hold_it(folder: RunFolder) -> None:
+    for region in ("north", "south"):
+        seated(folder, region, 1, 0)
+        made(folder, region, 1, range(20), **({"south": 17} if region == "north" else {}))
+    folder.event("lost", region="south", message="killed")
+    assert counted(folder) == {"north": 20, "south": 17}
+    assert counted(folder, until=15) == {"north": 15, "south": 15}
+
+
+def test_what_all_agreed_on_counts_unless_the_run_went_back(folder: RunFolder) -> None:
+    for region in ("north", "south"):
+        seated(folder, region, 1, 0)
+        made(folder, region, 1, range(20))
+    folder.event("segment", round=20, hashes={"north": "a", "south": "a"})
+    folder.event("lost", region="south", message="killed")
+    assert counted(folder) == {"north": 20, "south": 20}
+    folder.event("resumed", round=10)
+    for region in ("north", "south"):
+        seated(folder, region, 2, 10)
+        made(folder, region, 2, range(10, 15), **({"south": 13} if region == "north" else {}))
+    folder.event("lost", region="south", message="killed again")
+    assert counted(folder) == {"north": 15, "south": 13}
+
+
+@pytest.mark.parametrize("event", [{"event": "rolled_back", "round": 10}, {"event": "bad_checkpoint", "back_to": 10, "round": 20}])
+def test_a_region_without_another_seat_counts_up_to_where_the_run_went_back(folder: RunFolder, event: dict[str, Any]) -> None:
+    seated(folder, "south", 1, 0)
+    made(folder, "south", 1, range(20))
+    folder.event(**event)
+    folder.event("left", region="south")
+    assert counted(folder) == {"south": 10}
