@@ -174,18 +174,20 @@ def goodput() -> list[str]:
             cells = [f"{of_all(ours)} ({struck} in {seconds:.0f} s)", " ".join(f"{accuracy:.3f}" for accuracy in learned), "-"]
             if theirs := ways.get("plain DDP", {}).get(mean):
                 restarts, seconds = (sum(run[what] for run in theirs["runs"]) for what in ("restarts", "seconds"))
-                cells[2] = f"{of_all(theirs)} ({restarts} restarts in {seconds:.0f} s)"
+                ended = "" if all(run.get("ended", True) for run in theirs["runs"]) else ", not ended by then"
+                cells[2] = f"{of_all(theirs)} ({restarts} restarts in {seconds:.0f} s{ended})"
             lines.append(f"| {workload}, {mean} | {' | '.join(cells)} |")
     return [
         *lines,
         "",
         "Each run beside one without faults; in brackets the faults that they had: a worker, a leader, a region, or a link for 5 s.",
-        "Plain DDP, begun again from its last checkpoint, has one run each, of which the first two minutes count.",
+        "Plain DDP, begun again from its last checkpoint, has one run each. *: measured on 2026-11-22.",
     ]
 
 
 def of_all(found: dict[str, Any]) -> str:
-    return range_of(found["of undisturbed"]) if len(found["runs"]) > 1 else f"{found['of undisturbed']['median']:.2f}"
+    ratio = range_of(found["of undisturbed"]) if len(found["runs"]) > 1 else f"{found['of undisturbed']['median']:.2f}"
+    return f"{ratio}{'*' if 'measured' in found else ''}"
 
 
 def checkpoints(found: dict[str, Any]) -> list[str]:

@@ -204,6 +204,7 @@ def ddp(workload: str, mean_s: float | None, turn: int) -> dict[str, Any]:
             "useful_samples_per_s": round(samples / seconds, 1),
             "seconds": round(seconds, 1),
             "restarts": starts - 1,
+            "ended": done.exists(),
         }
 
 
