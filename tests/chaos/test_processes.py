@@ -521,51 +521,45 @@ class DaskProcesses:
         self.processes.clear()
 
 
-@pytest.mark.chaos
-def test_a_regions_scheduler_that_stands_still_is_left_out_until_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("geotrain.clusters.cluster.ANSWER_S", 2.0)
-    monkeypatch.setattr("geotrain.partition.partition.REOPEN_S", 2.0)
+def without_a_scheduler(root: Path, strategy: str, strike: Callable[[Run, DaskProcesses], None]) -> None:
+    """For a while, in mid-run: west, whose cluster is one of its own."""
     theirs = DaskProcesses()
     try:
-        tree = job_of(tmp_path, "ma").to_dict()
+        tree = job_of(root, strategy).to_dict()
         tree["regions"][2]["cluster"] = {"kind": "address", "address": theirs.address}
         run = Run.start(JobSpec.model_validate(tree))
-
-        def strike(run: Run) -> None:
-            theirs.processes[0].send_signal(signal.SIGSTOP)
-            wait_for(lambda: events(run, "lost") != [])
-            before = run.board.rows["north"].rounds
-            wait_for(lambda: run.board.rows["north"].rounds > before + 20)  # the others go on without it
-            theirs.processes[0].send_signal(signal.SIGCONT)
-
-        conduct(run, in_mid_run(strike))
+        conduct(run, in_mid_run(lambda run: strike(run, theirs)))
         assert {event["region"] for event in events(run, "lost")} == {"west"}
         assert events(run, "back")
         assert ledger(run.folder)["balanced"]
     finally:
         theirs.end()
+
+
+@pytest.mark.chaos
+def test_a_regions_scheduler_that_stands_still_is_left_out_until_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("geotrain.clusters.cluster.ANSWER_S", 2.0)
+    monkeypatch.setattr("geotrain.partition.partition.REOPEN_S", 2.0)
+
+    def stand_still(run: Run, theirs: DaskProcesses) -> None:
+        theirs.processes[0].send_signal(signal.SIGSTOP)
+        wait_for(lambda: events(run, "lost") != [])
+        before = run.board.rows["north"].rounds
+        wait_for(lambda: run.board.rows["north"].rounds > before + 20)  # the others go on without it
+        theirs.processes[0].send_signal(signal.SIGCONT)
+
+    without_a_scheduler(tmp_path, "ma", stand_still)
 
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_regions_scheduler_is_lost_and_begun_again(tmp_path: Path, strategy: str) -> None:
-    theirs = DaskProcesses()
-    try:
-        tree = job_of(tmp_path, strategy).to_dict()
-        tree["regions"][2]["cluster"] = {"kind": "address", "address": theirs.address}
-        run = Run.start(JobSpec.model_validate(tree))
-
-        def strike(run: Run) -> None:
-            theirs.end()
-            time.sleep(3.0)
-            theirs.start()
-
-        conduct(run, in_mid_run(strike))
-        assert {event["region"] for event in events(run, "lost")} == {"west"}
-        assert events(run, "back")
-        assert ledger(run.folder)["balanced"]
-    finally:
+    def begin_again(_: Run, theirs: DaskProcesses) -> None:
         theirs.end()
+        time.sleep(3.0)
+        theirs.start()
+
+    without_a_scheduler(tmp_path, strategy, begin_again)
 
 
 FLOW = """
