@@ -12,6 +12,7 @@ import os
 import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -81,6 +82,8 @@ class FlightTransport:
         self._lanes: dict[str, _Lane] = {}
         self._left: list[_Lane] = []
         """To peers that have left; their threads end with the call that they are in."""
+        self._times_left: Counter[str] = Counter()
+        """Per peer."""
 
     @property
     def region(self) -> str:
@@ -100,7 +103,8 @@ class FlightTransport:
 
     def send(self, to: str, update: Update, payload: Tensor) -> None:
         if to not in self._lanes:
-            self._lanes[to] = _Lane(self, to, self.traffic.setdefault(to, LinkTraffic()))
+            life = self.identity.life + self._times_left[to]
+            self._lanes[to] = _Lane(self, to, life, self.traffic.setdefault(to, LinkTraffic()))
         self._lanes[to].put(update, payload)
 
     def receive(self, timeout_s: float) -> Delivery | None:
@@ -121,10 +125,14 @@ class FlightTransport:
         return all(lane.drain(max(0.0, until - time.monotonic())) for lane in list(self._lanes.values()))
 
     def forget(self, to: str) -> None:
-        """A peer has left: what it did not acknowledge is dropped, and what became of the link is no error."""
+        """A peer has left: what it did not acknowledge is dropped, and what became of the link is no error.
+
+        What is sent to it later has other numbers, so it is of a later life: the peer's next process may have heard the earlier ones.
+        """
         if (lane := self._lanes.pop(to, None)) is not None:
             lane.stop()
             self._left.append(lane)
+            self._times_left[to] += 1
 
     def close(self) -> None:
         lanes = [*self._lanes.values(), *self._left]
@@ -233,10 +241,10 @@ def part_data(reader: Any) -> Any:
 class _Lane:
     """Everything that goes to one peer. A thread per part under way; they share the outbox and its lock."""
 
-    def __init__(self, owner: FlightTransport, to: str, traffic: LinkTraffic) -> None:
+    def __init__(self, owner: FlightTransport, to: str, life: int, traffic: LinkTraffic) -> None:
         self.owner, self.to, self.traffic = owner, to, traffic
         self.timing = LinkTiming(*owner.expect(to))
-        self._outbox = Outbox(owner.identity.life)
+        self._outbox = Outbox(life)
         self._changed = threading.Condition()
         self._error: WanError | None = None
         self._closed = False

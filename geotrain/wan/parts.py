@@ -30,7 +30,7 @@ class Part:
     """Bytes [offset, offset + length) of an update of `size` bytes."""
 
     life: int
-    """Of the sender, later lives having higher numbers: what an earlier one began is void."""
+    """Of the sender as far as this peer is concerned, later lives having higher numbers: what an earlier one began is void."""
     number: int
     """Of the update, counted by the sender for this peer."""
     base: int

@@ -78,7 +78,7 @@ class Identity:
     model: str
     """Digest of the model's fingerprint."""
     life: int
-    """Higher than that of any endpoint that this region had in this run."""
+    """Higher than that of any endpoint that this region had in this run, by more than the times that a peer leaves: nanoseconds."""
     regions: frozenset[str]
     """Of the job: nobody else is listened to."""
     largest_payload: int

@@ -123,6 +123,32 @@ def test_a_leader_is_killed_and_comes_back(tmp_path: Path, strategy: str, victim
     assert {row["region"]: row["samples"] for row in summary["regions"]} == counted
 
 
+@pytest.mark.parametrize("strategy", ["asgd_ga", pytest.param("ma", marks=pytest.mark.chaos)])
+def test_a_region_is_back_before_the_others_have_heard_that_it_was_lost(
+    tmp_path: Path, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At its old address, where its new process hears first what was meant for the old one."""
+    tree = job_of(tmp_path, strategy).to_dict()
+    next(spec for spec in tree["regions"] if spec["name"] == "south")["wan"] = {"listen": f"127.0.0.1:{free_port()}"}
+    run, tell_view, kept = Run.start(JobSpec.model_validate(tree)), Partition.tell_view, dict[str, Any]()
+
+    def late(self: Partition, view: Any, directory: Any) -> None:
+        if "south" not in view.regions:
+            kept[self.region] = view, directory
+            return
+        if self.region in kept:
+            time.sleep(1.0)
+            tell_view(self, *kept.pop(self.region))
+            time.sleep(0.5)
+        tell_view(self, view, directory)
+
+    monkeypatch.setattr(Partition, "tell_view", late)
+    conduct(run, in_mid_run(lambda run: os.kill(pid_of(run, "south"), signal.SIGKILL)))
+    assert [event["region"] for event in events(run, "lost")] == [event["region"] for event in events(run, "back")] == ["south"]
+    assert not kept
+    assert ledger(run.folder)["balanced"]
+
+
 def test_a_region_whose_model_takes_longer_to_build_than_a_segment_lasts_comes_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -276,6 +276,26 @@ def test_a_peer_that_comes_late_gets_everything_once() -> None:
     b.close()
 
 
+def test_a_peer_that_heard_from_here_before_it_left_hears_what_is_sent_when_it_is_back() -> None:
+    """Its next process is there before this endpoint has been told that the first one left."""
+    peers: dict[str, str] = {}
+    a, b = endpoint("a", peers), endpoint("b", peers)
+    address = b.address
+    b.close()
+    for round in range(2):
+        a.send("b", push(round), payload(1000, round))
+    b = endpoint("b", peers, listen=address, life=2)
+    assert [(d := b.receive(20)) and d.update.round for _ in range(2)] == [0, 1]
+    for round in (2, 3):
+        a.forget("b")
+        a.send("b", push(round), payload(1000, round))
+        assert (d := b.receive(5)) is not None
+        assert d.update.round == round
+        assert a.drain(20)
+    a.close()
+    b.close()
+
+
 def test_a_peer_that_never_comes_is_named() -> None:
     peers = {"b": "127.0.0.1:1"}
     a = endpoint("a", peers, give_up_s=0.3)
