@@ -20,7 +20,7 @@ from geotrain.partition.partition import Partition
 from geotrain.run import Run
 from tests.chaos.test_processes import DaskProcesses, wait_for
 from tests.chaos.test_stores import fill, small_disk
-from tests.points import flip_a_bit_of_the_next_state, never_write_a_part
+from tests.points import flip_a_bit_of_the_next_state, lose_the_next_hello, never_write_a_part
 from tests.s3 import BUCKET, failing, moto
 from tests.valve import Valve
 
@@ -94,6 +94,12 @@ class Scene:
         (file := Path(self.run.folder.url, "damage")).touch()
         for region in self.run.present:
             on_leader(self.run.partitions[region], flip_a_bit_of_the_next_state, str(file))
+        self.struck_at = time.time()
+        self.kill()
+
+    def wait_for_each_other(self) -> None:
+        """VICTIM's leader is killed, and what it says to another when it is back is lost, though that was acknowledged."""
+        on_leader(self.run.partitions[ANOTHER], lose_the_next_hello, VICTIM)
         self.struck_at = time.time()
         self.kill()
 
@@ -237,6 +243,7 @@ FAULTS: dict[str, Fault] = {
     "device fails": Fault(lambda scene: scene.fail("broken")),
     "NaN, three rounds in a row": Fault(lambda scene: scene.fail("sick"), noticed=("void_round",)),
     "hashes differ": Fault(Scene.disagree, noticed=("rolled_back",), over=("seated",)),
+    "all wait for each other": Fault(Scene.wait_for_each_other, noticed=("standstill",), over=("back", "rolled_back")),
     "scheduler lost for 3 s": Fault(Scene.lose_scheduler, elsewhere=True),
     "links cut for 10 s": Fault(lambda scene: scene.cut(CUT_S), noticed=(), over=()),
     "links cut for 90 s": Fault(lambda scene: scene.cut(LONG_CUT_S), epochs=200),

@@ -1,1 +1,1 @@
-"""Prefect flows: plan, train, retrain. A flow reads as the sentence it carries out."""
+"""Prefect flows: plan, train, retrain. How a run goes is said in geotrain.run; here its stages are tasks."""

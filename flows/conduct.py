@@ -1,8 +1,8 @@
-"""What all flows need: one task per region at a time, and an orderly end."""
+"""What all flows need: the stages of a run as tasks, and an orderly end."""
 
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -23,8 +23,21 @@ from geotrain.errors import Stopped
 from geotrain.job import load_job
 from geotrain.report.state import last_unfinished
 from geotrain.run import Run
+from tasks import analyze_locality, evaluate, merge_fully, probe, provision, publish, report, schedule, synchronize, train_partition
 
 WAIT_S = 0.25
+TASKS: dict[Callable[..., Any], Task[..., Any]] = {
+    Run.analyze: analyze_locality,
+    Run.probe: probe,
+    Run.schedule: schedule,
+    Run.provision: provision,
+    Run.train: train_partition,
+    Run.synchronize: synchronize,
+    Run.merge_fully: merge_fully,
+    Run.evaluate: evaluate,
+    Run.publish: publish,
+    Run.report: report,
+}
 ALIVE = (StateType.RUNNING, StateType.PENDING, StateType.CANCELLING)
 
 
@@ -109,26 +122,30 @@ def named_after_job() -> str:
     return Path(parameters.get("job") or parameters["run"]).stem
 
 
-def each_region(run: Run, task: Task[..., Any], *args: Any, regions: Sequence[str] | None = None) -> list[Any]:
-    """Submit a task for every region, or for some, and wait for all, in the order of the job.
+class AsTasks:
+    """The stages of a run as Prefect tasks: one per region at a time. The Prefect server is not asked for anything: it may be away."""
 
-    When one fails the others are told to end, and the failure that began it is raised. The Prefect server is not asked for anything: it may
-    be away.
-    """
-    names = run.regions if regions is None else regions
-    futures = [task.submit(run, name, *args) for name in names]
-    waiting = list(futures)
-    while waiting:
-        waiting[0].wait(timeout=WAIT_S)
-        done = [future.wrapped_future for future in waiting if future.wrapped_future.done()]  # of the runner's threads; each gives a state
-        if any(future.exception() is not None or not future.result().is_completed() for future in done):
-            run.control.abort.set()
-        waiting = [future for future in waiting if future.wrapped_future not in done]
-    results = [future.result(raise_on_failure=False) for future in futures]
-    errors = [result for result in results if isinstance(result, BaseException)]
-    for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
-        raise error
-    return results
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def each(self, stage: Callable[..., Any], *args: Any, regions: Sequence[str] | None = None) -> list[Any]:
+        run, task = self.run, TASKS[stage]
+        futures = [task.submit(run, name, *args) for name in (run.regions if regions is None else regions)]
+        waiting = list(futures)
+        while waiting:
+            waiting[0].wait(timeout=WAIT_S)
+            done = [future.wrapped_future for future in waiting if future.wrapped_future.done()]  # each gives a state
+            if any(future.exception() is not None or not future.result().is_completed() for future in done):
+                run.control.abort.set()
+            waiting = [future for future in waiting if future.wrapped_future not in done]
+        results = [future.result(raise_on_failure=False) for future in futures]
+        errors = [result for result in results if isinstance(result, BaseException)]
+        for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
+            raise error
+        return results
+
+    def one(self, stage: Callable[..., Any], *args: Any) -> Any:
+        return TASKS[stage](self.run, *args)
 
 
 @contextmanager

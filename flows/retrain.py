@@ -7,11 +7,11 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.conduct import begin, end_lost_flow_runs, named_after_job, stops_in_order
-from flows.train import MOST_REGIONS, ended, locate_and_plan, train_and_publish
+from flows.conduct import AsTasks, begin, end_lost_flow_runs, named_after_job, stops_in_order
+from flows.train import MOST_REGIONS, ended
 from geotrain import registry
 from geotrain.errors import JobError, Stopped
-from geotrain.run import taken_over
+from geotrain.run import locate_and_plan, taken_over, train_and_publish
 
 
 @flow(name="geotrain-retrain", flow_run_name=named_after_job, task_runner=ThreadPoolTaskRunner(max_workers=MOST_REGIONS))
@@ -30,7 +30,7 @@ def geotrain_retrain(job: str, overrides: dict[str, Any] | None = None, resume: 
             raise JobError("retraining needs a registry: add `registry: {url: ..., model: ...}` to the job")
         champion = registry.champion(this.job.registry.url, this.job.registry.model)
         try:
-            locate_and_plan(this)
+            locate_and_plan(this, AsTasks(this))
             if this.resumed is None and not this.has_new_data(since=champion):
                 assert champion is not None
                 this.folder.event("nothing_new", champion=champion.number)
@@ -39,6 +39,6 @@ def geotrain_retrain(job: str, overrides: dict[str, Any] | None = None, resume: 
             if this.resumed is None:
                 this.warm_start = champion
                 get_run_logger().info("new data; beginning from %s", f"version {champion.number}" if champion else "a new model")
-            return train_and_publish(this)
+            return train_and_publish(this, AsTasks(this))
         except Stopped as stopped:
             return ended(this, stopped)

@@ -6,11 +6,10 @@ from prefect import flow
 from prefect.states import Cancelled, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.conduct import begin, each_region, end_lost_flow_runs, named_after_job, stops_in_order
-from geotrain.errors import ClusterError, StateDamaged, Stopped
+from flows.conduct import AsTasks, begin, end_lost_flow_runs, named_after_job, stops_in_order
+from geotrain.errors import Stopped
 from geotrain.report.folder import RunFolder
-from geotrain.run import Run, taken_over
-from tasks import analyze_locality, evaluate, merge_fully, probe, provision, publish, report, schedule, synchronize, train_partition
+from geotrain.run import Run, locate_and_plan, taken_over, train_and_publish
 
 MOST_REGIONS = 64
 
@@ -28,8 +27,8 @@ def geotrain_train(job: str, overrides: dict[str, Any] | None = None, resume: bo
     with taken_over(run, lambda: begin(job, overrides, resume=resume)) as this, stops_in_order(this):
         end_lost_flow_runs(this)
         try:
-            locate_and_plan(this)
-            return train_and_publish(this)
+            locate_and_plan(this, AsTasks(this))
+            return train_and_publish(this, AsTasks(this))
         except Stopped as stopped:
             return ended(this, stopped)
 
@@ -46,51 +45,10 @@ def geotrain_resume(run: str, without: list[str] | None = None) -> Any:
     with taken_over(begun, lambda: Run.resume(RunFolder(run), without=without or ())) as this, stops_in_order(this):
         end_lost_flow_runs(this)
         try:
-            locate_and_plan(this)
-            return train_and_publish(this)
+            locate_and_plan(this, AsTasks(this))
+            return train_and_publish(this, AsTasks(this))
         except Stopped as stopped:
             return ended(this, stopped)
-
-
-def locate_and_plan(run: Run) -> None:
-    """Look at the data where it is, measure the workers, then decide who does how much."""
-    each_region(run, analyze_locality)
-    run.compare()
-    each_region(run, probe)
-    schedule(run)
-
-
-def train_and_publish(run: Run) -> dict[str, Any]:
-    """Provision, train, conclude; again where a worker is lost by then. Returns the summary."""
-    while True:
-        run.introduce(run.seats(lambda: each_region(run, provision)))
-        train(run)
-        try:
-            return conclude(run)
-        except (ClusterError, StateDamaged) as error:
-            run.end_again(error)
-
-
-def train(run: Run) -> None:
-    """Segment by segment, as many as are left."""
-    run.training = True
-    for segment in run.segments_left():
-        if synchronize(run, segment, each_region(run, train_partition, segment)):
-            break
-        run.check_stop()
-        if run.seats_change:
-            run.introduce(run.seats(lambda: each_region(run, provision)))
-    run.training = False
-
-
-def conclude(run: Run) -> dict[str, Any]:
-    """Evaluate, publish, report. Returns the summary."""
-    if run.needs_final_merge:
-        each_region(run, merge_fully, regions=run.present)
-    sums = each_region(run, evaluate, regions=run.present)
-    run.conclude(dict(zip(run.present, sums, strict=True)))
-    publish(run)
-    return report(run)
 
 
 def ended(run: Run, stopped: Stopped) -> State[Any]:

@@ -66,7 +66,7 @@ def _stores_named() -> Iterator[None]:
 
         if not isinstance(error, UNUSABLE):
             raise
-        raise StoreUnusable(str(error) or type(error).__name__) from error
+        raise StoreUnusable(error) from error
 
 
 def _plain(named: dict[str, object]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Charge:
                 raise RunTaken(self.run, "a process that came at the same time")
             self._forget_requests()
         except STORE_ERRORS as error:
-            raise OutputUnwritable("the flow", self.path, str(error) or type(error).__name__) from error
+            raise OutputUnwritable("the flow", self.path, error) from error
         self._renewed_at = time.monotonic()
         self._thread = threading.Thread(target=self._renew, name="geotrain-lease", daemon=True)
         self._thread.start()
@@ -95,7 +95,7 @@ class Charge:
         try:
             patiently(self.look, over, PATIENCE_S if over is not None else 0.0)
         except STORE_ERRORS as error:
-            raise OutputUnwritable("the flow", self.path, str(error) or type(error).__name__) from error
+            raise OutputUnwritable("the flow", self.path, error) from error
 
     def look(self) -> None:
         """The same for who is patient with the store. Raises RunTaken, one of STORE_ERRORS."""
@@ -168,7 +168,7 @@ def ask(url: str, what: str, **more: Any) -> None:
         content = json.dumps({"what": what, **more}).encode()
         write_whole(fs, f"{path}/requests/{time.time_ns()}-{secrets.token_hex(2)}.json", content)
     except STORE_ERRORS as error:
-        raise OutputUnwritable("this command", url, str(error) or type(error).__name__) from error
+        raise OutputUnwritable("this command", url, error) from error
 
 
 def in_charge(run: str, url: str) -> tuple[int, dict[str, Any]]:

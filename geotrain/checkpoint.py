@@ -102,7 +102,7 @@ def write_bytes(
         fs, path = open_url(url)
         patiently(write, over, PATIENCE_S if over is not None else 0.0)
     except STORE_ERRORS as error:
-        raise OutputUnwritable(who, url, str(error) or type(error).__name__) from error
+        raise OutputUnwritable(who, url, error) from error
 
 
 def read_bytes(url: str) -> bytes:
@@ -180,7 +180,7 @@ def read_part(part: StoredPart) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
     except FileNotFoundError as error:
         raise BadCheckpoint(part.url, "it is gone") from error
     except STORE_ERRORS as error:
-        raise CheckpointUnreadable(part.region, part.url, str(error) or type(error).__name__) from error
+        raise CheckpointUnreadable(part.region, part.url, error) from error
     if hashlib.sha256(content).hexdigest() != part.sha256:
         raise BadCheckpoint(part.url, "its content does not match the manifest's SHA-256")
     return tensors_from_bytes(content)

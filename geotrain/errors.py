@@ -18,6 +18,7 @@
     │   ├── ClusterTooSmall
     │   ├── WorkerLost
     │   ├── WorkerHangs
+    │   ├── NobodyGoesOn                   all regions waited for each other
     │   ├── DeviceFailed                   its GPU, or its memory
     │   ├── WorkerLeaves                   it got SIGTERM
     │   └── QuorumLost                     too few regions are left
@@ -41,7 +42,8 @@
     │   └── CheckpointUnreadable           whether it is sound cannot be known
     └── Stopped                       75   stopped on request; `geotrain resume` continues
 
-An error is made from positional values, so that it survives the way from a worker to the flow.
+An error is made from positional values, so that it survives the way from a worker to the flow. Of another error that is among them it keeps
+what that says, or its kind where that says nothing.
 """
 
 from typing import ClassVar
@@ -57,6 +59,7 @@ class GeotrainError(Exception):
 
     def __init__(self, *values: object) -> None:
         assert len(values) == len(self.fields), (type(self).__name__, self.fields, values)
+        values = tuple(str(value) or type(value).__name__ if isinstance(value, BaseException) else value for value in values)
         super().__init__(*values)
         self.named = dict(zip(self.fields, values, strict=True))
 
@@ -166,6 +169,12 @@ class WorkerHangs(ClusterError):
     fields = ("region", "worker", "waited_s")
     says = "region {region}: worker {worker} gave no sign of progress for {waited_s:.0f} s"
     remedy = "it was ended; look at its log and at that machine, then `geotrain resume`"
+
+
+class NobodyGoesOn(ClusterError):
+    fields = ("region", "waited_s", "detail")
+    says = "region {region}: all regions waited for each other for {waited_s:.0f} s: {detail}"
+    remedy = "the run goes on from its last checkpoint; this is a fault of geotrain: please report it with the run's events.jsonl"
 
 
 class DeviceFailed(ClusterError):

@@ -16,7 +16,7 @@ from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
 
-PATIENCE_S = 3.0
+PATIENCE_S = 1.0
 
 _progress: dict[tuple[str, str], UUID] = {}
 _late: list[threading.Thread] = []

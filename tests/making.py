@@ -8,11 +8,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from geotrain.errors import ClusterError, StateDamaged
 from geotrain.job import JobSpec, parse_job
-from geotrain.run import Run
+from geotrain.run import InThreads, Run, locate_and_plan, train_and_publish
 
 REGIONS = ("north", "south")
+
+
+class Clock:
+    """That goes when it is told to."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def write_points(folder: Path, rows: int, *, seed: int = 0, group: int = 20, files: int = 1, nan_at: int | None = None) -> None:
@@ -60,34 +68,19 @@ def points_job(root: Path, regions: Sequence[str] = REGIONS, rows: Mapping[str, 
 
 
 def conduct(run: Run, before_segment: Callable[[Run, int], None] = lambda run, segment: None) -> dict[str, Any]:
-    """What flows.train does, in threads instead of tasks."""
+    """A whole run, without Prefect."""
     with run:
-        run.look_and_plan()
-        while True:
-            run.introduce(run.seats(lambda: run.in_every_region(run.provision)))
-            train(run, before_segment)
-            try:
-                return conclude(run)
-            except (ClusterError, StateDamaged) as error:
-                run.end_again(error)
+        stages = _Watched(run, before_segment)
+        locate_and_plan(run, stages)
+        return train_and_publish(run, stages)
 
 
-def train(run: Run, before_segment: Callable[[Run, int], None]) -> None:
-    run.training = True
-    for segment in run.segments_left():
-        before_segment(run, segment)
-        if run.synchronize(segment, run.in_every_region(run.train, segment)):
-            break
-        run.check_stop()
-        if run.seats_change:
-            run.introduce(run.seats(lambda: run.in_every_region(run.provision)))
-    run.training = False
+class _Watched(InThreads):
+    def __init__(self, run: Run, before_segment: Callable[[Run, int], None]) -> None:
+        super().__init__(run)
+        self.before_segment = before_segment
 
-
-def conclude(run: Run) -> dict[str, Any]:
-    if run.needs_final_merge:
-        assert len(set(run.in_every_region(run.merge_fully, regions=run.present))) == 1
-    sums = run.in_every_region(run.evaluate, regions=run.present)
-    run.conclude(dict(zip(run.present, sums, strict=True)))
-    run.publish()
-    return run.report()
+    def each(self, stage: Callable[..., Any], *args: Any, regions: Sequence[str] | None = None) -> list[Any]:
+        if stage is Run.train:
+            self.before_segment(self.run, *args)
+        return super().each(stage, *args, regions=regions)

@@ -14,6 +14,8 @@ from torch.nn import functional
 
 from geotrain import checkpoint
 from geotrain.partition import server
+from geotrain.sync.messages import Kind
+from geotrain.wan.transport import Delivery
 
 
 def names_me(file: str) -> bool:
@@ -104,6 +106,19 @@ def flip_a_bit_of_the_next_state(file: str) -> None:
         return hashed
 
     server._with_hash = spoilt
+
+
+def lose_the_next_hello(origin: str) -> None:
+    """Though it was acknowledged: all wait for ever for what follows it."""
+    take, lost = server.ParameterServer.take, list[Delivery]()
+
+    def deaf(self: server.ParameterServer, delivery: Delivery) -> None:
+        if (delivery.update.kind, delivery.update.origin) == (Kind.HELLO, origin) and not lost:
+            lost.append(delivery)
+        else:
+            take(self, delivery)
+
+    server.ParameterServer.take = deaf  # type: ignore[method-assign]
 
 
 def never_write_a_part() -> None:

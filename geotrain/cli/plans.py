@@ -100,13 +100,13 @@ def doctor(job: JobFile, set_: Overrides = None, shape: Shape = Format.text) -> 
 
 def _planned(spec: Any) -> Any:
     """Locality and plan, without Prefect and without a run to keep."""
-    from geotrain.run import Run
+    from geotrain.run import InThreads, Run, locate_and_plan
 
     this = Run.start(spec)
     with watching(this):
         try:
             with this:
-                return this.look_and_plan()
+                return locate_and_plan(this, InThreads(this))
         finally:
             this.folder.remove()
 

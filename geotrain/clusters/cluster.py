@@ -70,7 +70,7 @@ class RegionCluster:
         try:
             known = self.client.sync(self.client.scheduler.identity, n_workers=-1, callback_timeout=ANSWER_S)["workers"]
         except CLIENT_ERRORS as error:
-            raise ClusterUnreachable(self.region, self.where, str(error) or type(error).__name__) from error
+            raise ClusterUnreachable(self.region, self.where, error) from error
         return {address: worker["last_seen"] for address, worker in known.items()}
 
     def workers(self) -> list[str]:
@@ -152,7 +152,7 @@ def open_cluster(spec: RegionSpec, connect_s: float = CONNECT_S) -> RegionCluste
         stack.close()  # a cluster that was begun costs money
         if isinstance(error, ClusterError) or not isinstance(error, Exception):
             raise
-        raise ClusterUnreachable(spec.name, where, str(error) or type(error).__name__) from error  # whatever a provider's library raises
+        raise ClusterUnreachable(spec.name, where, error) from error  # whatever a provider's library raises
     return RegionCluster(spec.name, client, cluster, stack)
 
 

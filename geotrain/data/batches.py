@@ -48,7 +48,7 @@ class Reader:
         try:
             table = patiently(read, self.over)
         except (pa.ArrowException, IndexError, *STORE_ERRORS) as error:
-            raise UnreadableShard(self.spec.name, group.uri, str(error)) from error
+            raise UnreadableShard(self.spec.name, group.uri, error) from error
         self._kept[group] = table
         self._bytes += table.nbytes
         while self._bytes > CACHE_BYTES and len(self._kept) > 1:

@@ -84,7 +84,7 @@ def take_inventory(spec: RegionSpec, url: str, columns: Sequence[str], label: st
         if not found and not fs.exists(path):
             raise FileNotFoundError("no such folder or bucket")
     except STORE_ERRORS as error:
-        raise DataUnreachable(spec.name, url, str(error) or type(error).__name__) from error
+        raise DataUnreachable(spec.name, url, error) from error
     files = sorted(name for name in found if name.endswith((".parquet", ".pq")) and not name.rsplit("/", 1)[-1].startswith(("_", ".")))
     shards: list[Shard] = []
     schema: dict[str, str] = {}
@@ -124,7 +124,7 @@ def _footer(region: str, fs: Any, name: str, uri: str) -> tuple[pq.FileMetaData,
             parquet = pq.ParquetFile(file)
             return parquet.metadata, parquet.schema_arrow
     except (pa.ArrowException, *STORE_ERRORS) as error:
-        raise UnreadableShard(region, uri, str(error)) from error
+        raise UnreadableShard(region, uri, error) from error
 
 
 def _types(region: str, uri: str, schema: pa.Schema, columns: Sequence[str]) -> dict[str, str]:

@@ -38,4 +38,4 @@ def open_url(region: str, url: str, storage_options: Options, **more: Any) -> tu
     try:
         return stores.open_url(url, **options)
     except (ImportError, *STORE_ERRORS) as error:
-        raise DataUnreachable(region, url, str(error)) from error
+        raise DataUnreachable(region, url, error) from error

@@ -13,6 +13,7 @@ from geotrain.errors import (
     ClusterUnreachable,
     GeotrainError,
     ModelMismatch,
+    NobodyGoesOn,
     PeerUnreachable,
     Stopped,
     WorkerLeaves,
@@ -21,6 +22,7 @@ from geotrain.job import JobSpec
 from geotrain.members.commits import Commits
 from geotrain.members.links import Links
 from geotrain.members.roster import Roster
+from geotrain.members.standstill import Standstill
 from geotrain.members.tally import Tally
 from geotrain.partition.orders import Directory, Place, SeatOrder, SeatTaken
 from geotrain.partition.partition import Control, Partition
@@ -62,6 +64,9 @@ class Membership:
         self.roster = Roster(control.run, view, job.quorum_of(len(view.regions)))
         self.tally = Tally()
         self.links = Links(job, partitions, folder, lambda: self.roster.view, plan.give_up_s)
+        self.standstill = Standstill(plan.stands_still_after_s)
+        self._stands_still: dict[str, NobodyGoesOn] = {}
+        """Regions that were told to end for that."""
         self._lost_since: dict[str, int] = {}
         """Regions of which a seat was lost, and the round at which that segment began: their rows in rounds that the others hold are to
         be counted still."""
@@ -108,7 +113,7 @@ class Membership:
         self.folder.flush()
 
     def _seated(self, seat: SeatTaken) -> None:
-        self.tally.seated(seat.region, seat.cursor, seat.round)
+        self.tally.seated(seat.region, seat.life, seat.cursor, seat.round)
         workers = len(seat.cursor["used"])
         self.folder.event("seated", region=seat.region, round=seat.round, life=seat.life, workers=workers, cursor=seat.cursor)
 
@@ -150,6 +155,24 @@ class Membership:
         self.tally.heard(region, rounds, message.get("settled", {}))
         if "silent" in message:
             self.links.heard(region, message["silent"])
+        if "waits_for" in message:
+            self._waits(region, message["waits_for"])
+
+    def _waits(self, region: str, what: str | None) -> None:
+        """It waits for something, or does not; when all do for too long they go on from the last checkpoint."""
+        present = self.present
+        if (found := self.standstill.heard(region, what, present)) is None:
+            return
+        why = "; ".join(f"{name}: {waits_for}" for name, waits_for in found.items())
+        self.folder.event("standstill", waits_for=found)
+        self._stands_still.update({other: NobodyGoesOn(other, self.standstill.after_s, why) for other in present})
+        for other in present:
+            self.partitions[other].tell_abort()
+
+    def why_told_to_end(self, region: str) -> GeotrainError | None:
+        """What is wrong with a region whose leader was told to end while the run goes on."""
+        stands_still = self._stands_still.pop(region, None)
+        return self.links.why_cut_off(region) or (stands_still if region in self.present else None)
 
     def close(self) -> None:
         """Nobody is told to end any more: the run ends, or all take their seats anew."""
@@ -162,7 +185,9 @@ class Membership:
     def end(self, region: str, ticket: int, view: View) -> bool:
         """At a segment's end; False: the view has changed, and the region must enter again."""
         self._behind.discard(region)
+        self._waits(region, "the others to end the segment")
         over = self.roster.end(region, ticket, view.epoch, self.control.abort)
+        self.standstill.goes_on(region)
         if over:
             self._in_segment.discard(region)
         return over
@@ -258,6 +283,7 @@ class Membership:
             self.lost(region, error, self.manifest.round)
 
     def _tell(self, view: View) -> None:
+        self.standstill.changed()
         self.links.settle(view)
         self.folder.event("view", epoch=view.epoch, regions=view.regions, owners=view.owners, quorum=self.roster.quorum)
         self.board.enter(self.stage)

@@ -1,7 +1,8 @@
 """The tally: how far every region has come in its rows, and what of that is in what the regions hold. So a region that lost its state
-goes on with the first row that nobody has learned from.
+goes on with the first row that nobody has learned from, and after a checkpoint to which all went back, with the first row after that.
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,76 +10,101 @@ from typing import Any
 from geotrain.partition.orders import Place
 from geotrain.report.folder import RunFolder
 
-KEPT = 1000
-"""Rounds of a region that are remembered; the others hold all but the last few."""
-
 
 @dataclass(slots=True)
-class _Standing:
+class _Seat:
+    life: int
     cursor: dict[str, Any]
-    """Of its book of leases, when its seat was taken."""
+    """Of its book of leases, when it was taken."""
     round: int
-    """The first round of that seat."""
+    """Its first."""
     closed: dict[int, tuple[int, int, int]] = field(default_factory=dict)
-    """Round of that seat -> (epoch, inner steps made of it after the round, rows of the round)."""
+    """Round -> (epoch, inner steps made of it after the round, rows of the round)."""
 
 
 class Tally:
-    """Thread-safe as dicts are: each region is told of by one thread."""
+    """Thread-safe."""
 
     def __init__(self) -> None:
-        self._standing: dict[str, _Standing] = {}
+        self._seats: dict[str, list[_Seat]] = {}
+        """Of each region, the oldest first: those that the run may go back to."""
         self._settled: dict[str, int] = {}
         """Region -> the first of its rounds that no other region holds."""
+        self._lock = threading.Lock()
 
-    def seated(self, region: str, cursor: dict[str, Any], round: int) -> None:
+    def seated(self, region: str, life: int, cursor: dict[str, Any], round: int) -> None:
         """It begins there."""
-        self._standing[region] = _Standing(cursor, round)
+        with self._lock:
+            self._seats.setdefault(region, []).append(_Seat(life, cursor, round))
 
     def heard(self, region: str, rounds: Sequence[Mapping[str, Any]], settled: Mapping[str, int]) -> None:
         """What a leader told. Of its own rounds only the others' word counts: theirs is what it will be given."""
-        if (standing := self._standing.get(region)) is not None:
-            standing.closed.update({record["round"]: (record["epoch"], record["done"], record["samples"]) for record in rounds})
-            for old in sorted(standing.closed)[:-KEPT]:
-                del standing.closed[old]
-        for other, first in settled.items():
-            if other != region:
-                self._settled[other] = max(first, self._settled.get(other, 0))
+        with self._lock:
+            seats = {seat.life: seat for seat in self._seats.get(region, ())}
+            for record in rounds:
+                if (seat := seats.get(record["life"])) is not None:
+                    seat.closed[record["round"]] = record["epoch"], record["done"], record["samples"]
+            for other, first in settled.items():
+                if other != region:
+                    self._settled[other] = max(first, self._settled.get(other, 0))
 
     def place(self, region: str) -> Place | None:
         """Where a region goes on that lost its state while others went on; None: it never had a seat."""
-        if (standing := self._standing.get(region)) is None:
-            return None
-        held = [round for round in standing.closed if round < self._settled.get(region, 0)]
-        if not held:
-            return Place(standing.cursor, standing.round)
-        return Place(standing.cursor, max(held) + 1, standing.closed[max(held)][:2])
+        with self._lock:
+            if not (seats := self._seats.get(region)):
+                return None
+            seat = seats[-1]
+            if (last := _last_before(seat, self._settled.get(region, 0))) is None:
+                return Place(seat.cursor, seat.round)
+            return Place(seat.cursor, last + 1, seat.closed[last][:2])
 
     def newest(self) -> int:
         """The first round that no region has told of yet."""
-        return max((max(standing.closed) + 1 for standing in self._standing.values() if standing.closed), default=0)
+        with self._lock:
+            return max((max(seats[-1].closed) + 1 for seats in self._seats.values() if seats[-1].closed), default=0)
 
     def samples_held(self, region: str, since: int) -> int:
         """Rows of its last seat, from a round on, that another region holds."""
-        standing, settled = self._standing.get(region), self._settled.get(region, 0)
-        return sum(rows for round, (_, _, rows) in standing.closed.items() if since <= round < settled) if standing else 0
+        with self._lock:
+            seats, settled = self._seats.get(region), self._settled.get(region, 0)
+            return sum(rows for round, (_, _, rows) in seats[-1].closed.items() if since <= round < settled) if seats else 0
+
+    def back_to(self, round: int) -> None:
+        """The run goes on from a checkpoint: what came later is void, and so are seats that were taken later."""
+        with self._lock:
+            self._settled = {region: min(first, round) for region, first in self._settled.items()}
+            for seats in self._seats.values():
+                del seats[_at(seats, round) + 1 :]
+                for seat in seats:
+                    seat.closed = {closed: what for closed, what in seat.closed.items() if closed < round}
+
+    def checkpointed(self, round: int) -> None:
+        """The run goes back no further than that."""
+        with self._lock:
+            for region, seats in self._seats.items():
+                del seats[: _at(seats, round)]
+                for seat in seats:
+                    last = _last_before(seat, min(round, self._settled.get(region, 0)))
+                    seat.closed = {closed: what for closed, what in seat.closed.items() if last is None or closed >= last}
 
     @classmethod
     def of(cls, folder: RunFolder, round: int) -> "Tally":
         """As it was when the checkpoint before a round was made."""
         tally = cls()
-        seats = {event["region"]: event for event in folder.lines("events.jsonl") if event["event"] == "seated"}
-        for region, seat in seats.items():
-            tally.seated(region, seat["cursor"], seat["round"])
+        for event in folder.lines("events.jsonl"):
+            if event["event"] == "seated":
+                tally.seated(event["region"], event["life"], event["cursor"], event["round"])
         for record in folder.lines("rounds.jsonl"):
-            region = record["region"]
-            rounds = [record] if seats[region]["life"] == record["life"] else []
-            settled = record.get("settled", {}) if record["round"] < round else {}
-            tally.heard(region, rounds, {other: min(first, round) for other, first in settled.items()})
+            tally.heard(record["region"], [record], record.get("settled", {}) if record["round"] < round else {})
+        tally.back_to(round)
         return tally
 
-    def back_to(self, round: int) -> None:
-        """The run goes on from a checkpoint: what came later is void."""
-        self._settled = {region: min(first, round) for region, first in self._settled.items()}
-        for standing in self._standing.values():
-            standing.closed = {closed: what for closed, what in standing.closed.items() if closed < round}
+
+def _at(seats: Sequence[_Seat], round: int) -> int:
+    """The number of the seat that a region had at a round: the last that began by then, or else the first."""
+    return max((number for number, seat in enumerate(seats) if seat.round <= round), default=0)
+
+
+def _last_before(seat: _Seat, round: int) -> int | None:
+    """Its last round before that one."""
+    return max((closed for closed in seat.closed if closed < round), default=None)

@@ -64,7 +64,7 @@ class Endpoint:
                 expect=self._expected,
             )
         except (OSError, pa.ArrowException) as error:
-            raise CannotListen(self.region, listen, str(error)) from error
+            raise CannotListen(self.region, listen, error) from error
 
     def _open_mailbox(self, identity: Identity, give_up_s: float) -> MailboxTransport:
         boxes = {spec.name: box for spec in self.job.regions if (box := self.job.mailbox_of(spec.name)) is not None}

@@ -100,7 +100,7 @@ def _mailbox(job: JobSpec, region: str) -> Said:
                 url = other.url
                 open_box(region, other, url, LONG_ENOUGH_S * 10).read("nothing-of-this-name")
     except STORE_ERRORS as error:
-        raise MailboxUnusable(region, url, str(error) or type(error).__name__) from error
+        raise MailboxUnusable(region, url, error) from error
     return "ok", f"{own.url} can be written, read and cleaned"
 
 

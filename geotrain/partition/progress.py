@@ -1,7 +1,7 @@
 """What a leader tells the control plane while it trains: round records, events and signs of life, a few messages a second."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from distributed import get_worker
@@ -22,6 +22,10 @@ class Reporter:
         """The leader's: what it carried and refused is told with the rounds."""
         self.settled: Mapping[str, int] = {}
         """The parameter server's."""
+        self.waits_for: Callable[[], str | None] = lambda: None
+        """The parameter server's."""
+        self._waits = False
+        """As it was told."""
         self._rounds: list[dict[str, Any]] = []
         self._sent_at = 0.0
 
@@ -29,8 +33,8 @@ class Reporter:
         self._rounds.append({**record.to_dict(), "life": self.life})
 
     def tell(self) -> None:
-        """Now and then, what there is to tell."""
-        if time.monotonic() - self._sent_at > EVERY_S:
+        """Now and then, what there is to tell; at once that a wait is over, since the next step may take long."""
+        if time.monotonic() - self._sent_at > EVERY_S or (self._waits and self.waits_for() is None):
             self.flush()
 
     def event(self, name: str, facts: dict[str, Any]) -> None:
@@ -54,7 +58,10 @@ class Reporter:
                 self.event("refused", refusal)
             links = {to: link.to_dict() for to, link in list(self.endpoint.transport.traffic.items())} if self._rounds else {}
             silent = {to: round(seconds, 1) for to, seconds in self.endpoint.silent().items()}
-            self.say({"rounds": self._rounds, "links": links, "settled": dict(self.settled), "silent": silent, "closing": closing})
+            waits_for = None if closing or silent else self.waits_for()
+            words = {"rounds": self._rounds, "links": links, "settled": dict(self.settled), "silent": silent, "closing": closing}
+            self.say({**words, "waits_for": waits_for})
+            self._waits = waits_for is not None
         else:
             self.say({"rounds": []})  # the leader, which waits for this worker, can say nothing
         self._rounds, self._sent_at = [], time.monotonic()

@@ -107,7 +107,7 @@ class Seat:
             event=self.reporter.event,
             after_round=lambda compute_s: self._adapt(adapter, replica, compute_s),
         )
-        self.reporter.settled = self.server.settled
+        self.reporter.settled, self.reporter.waits_for = self.server.settled, self.server.waits_for
 
     def _round_made(self, record: RoundRecord) -> None:
         self.reporter.round(record)

@@ -97,7 +97,7 @@ def _naming(update: Update) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise UpdateUnusable(update.origin, update.round, str(error)) from error
+        raise UpdateUnusable(update.origin, update.round, error) from error
 
 
 def _with_hash(payload: Tensor) -> Tensor:
@@ -227,14 +227,19 @@ class ParameterServer:
         self.tick()
         at = self.machine.at
         while at.held and not at.over:
-            self.attend()
             wait_s = min([POLL_S, *(max(0.0, at - self.clock()) for at in self._wake_at)])
             if (late := self.transport.receive(wait_s)) is not None:
                 self.take(late)
             self.tick()
+            self.attend()
         changed, self._changed = self._changed, False
         void, self._void = self._void, False
         return Directive(at.round, changed, at.over, at.pace.epoch(at.round), at.done + at.steps, void)
+
+    def waits_for(self) -> str | None:
+        """What it holds for while nothing of its own is under way; None while it does not."""
+        at, links = self.machine.at, list(self.transport.traffic.values())
+        return at.waits_for if at.held and not at.over and all(link.busy_since is None for link in links) else None
 
     def tick(self) -> None:
         """Tell the machine the time, if it asked to be told."""

@@ -135,6 +135,11 @@ class Plan:
         region = self.region(name)
         return LEAST_HANG_S + HANG_FACTOR * region.rows / region.steps_per_epoch / region.samples_per_s
 
+    @property
+    def stands_still_after_s(self) -> float:
+        """How long all leaders may wait for each other with nothing under way: twice as long as any may give no sign [ours]."""
+        return self.chosen.grace_s + 2 * max(self.hangs_after_s(plan.region) for plan in self.regions)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

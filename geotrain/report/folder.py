@@ -157,7 +157,7 @@ class RunFolder:
         try:
             patiently(add, self.over, PATIENCE_S if patient and self.over is not None else 0.0)
         except STORE_ERRORS as error:
-            raise OutputUnwritable("the flow", path, str(error)) from error
+            raise OutputUnwritable("the flow", path, error) from error
 
     def lines(self, name: str) -> Iterator[dict[str, Any]]:
         """The records of a .jsonl file; a line cut off by a crash is left out. Raises one of STORE_ERRORS."""

@@ -71,7 +71,7 @@ def write_spent_rows(folder: RunFolder, path: Path) -> int:
         with pq.ParquetWriter(path, SPENT) as file:
             return _write_spent_rows(folder, file)
     except OSError as error:
-        raise OutputUnwritable("this command", str(path), str(error)) from error
+        raise OutputUnwritable("this command", str(path), error) from error
 
 
 def _write_spent_rows(folder: RunFolder, file: pq.ParquetWriter) -> int:

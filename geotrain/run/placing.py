@@ -11,13 +11,6 @@ from geotrain.run.state import RunState
 class Placing(RunState):
     """The first stages of a run."""
 
-    def look_and_plan(self) -> Plan:
-        """The stages before anything is provisioned, without Prefect."""
-        self.in_every_region(self.analyze)
-        self.compare()
-        self.in_every_region(self.probe)
-        return self.schedule()
-
     def analyze(self, region: str) -> Inventory:
         """What data a region has. A resumed run keeps what it knew."""
         self.board.enter("waiting for the clusters, then looking at the data")

@@ -1,4 +1,5 @@
-"""Run: one execution of a job as the control plane holds it. Each method is a stage; flows call them in order, through tasks.
+"""Run: one execution of a job as the control plane holds it. Each method is a stage; `conduct` says in which order, and flows
+carry them out as tasks.
 
 Nothing here knows Prefect, and nothing here touches a tensor.
 """

@@ -1,7 +1,7 @@
 """Segment after segment, and what changes between two of them."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from geotrain.checkpoint import Manifest
 from geotrain.errors import (
@@ -58,8 +58,8 @@ class Training(Seating):
             except Stopped:
                 if self.control.abort.is_set():
                     raise
-                if (cut_off := self.membership.links.why_cut_off(region)) is not None:
-                    self.membership.lost(region, cut_off, self.round)
+                if (why := self.membership.why_told_to_end(region)) is not None:
+                    self.membership.lost(region, why, self.round)
                 elif region in self.present:
                     silent = WorkerLost(region, self.partitions[region].workers[0], "it heard nothing of this process and gave up")
                     self.membership.lost(region, silent, self.round)
@@ -95,6 +95,7 @@ class Training(Seating):
         self._diverged = False
         self.round = rounds.pop()
         self.commits.settle(self._check_parts)  # of the segment before: its manifest has the parts of those that are away
+        self.membership.tally.checkpointed(self.commits.last.round if self.commits.last else 0)
         for part in done:
             self.accounts.segment(part)
         for region, samples in self.membership.rows_made_up().items():
@@ -224,7 +225,7 @@ class Training(Seating):
         self._epoch = self.membership.roster.view.epoch + 1
         self._take_up_here()
 
-    def end_again(self, error: ClusterError) -> None:
+    def end_again(self, error: ClusterError | StateDamaged) -> None:
         """A worker was lost after the last segment: all take their seats anew, as of the last checkpoint.
 
         Raises the error when the end has been begun `MOST_ENDS` times, and Stopped.
@@ -262,7 +263,13 @@ class Training(Seating):
         return not self.strategy.ends_equal
 
     def merge_fully(self, region: str) -> str:
+        """Its part of the full merge; the hash of what it then holds."""
         self.board.enter("final merge")
         digest, traffic, seconds = self.partitions[region].merge_fully(self.membership.links.directory)
         self.accounts.add(region, traffic, seconds=seconds)
         return digest
+
+    def merged(self, hashes: Mapping[str, str]) -> None:
+        """All have their part of the full merge behind them. Raises Diverged."""
+        if len(set(hashes.values())) > 1:
+            raise Diverged(self.round, {region: digest[:12] for region, digest in hashes.items()})

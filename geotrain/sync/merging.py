@@ -347,7 +347,7 @@ class MergeMachine:
         at = self.at
         at.over = False
         self.full = FullMerge(at, self.fulls)
-        out = self.full.begin()
+        out = [*at.hold("full merge"), *self.full.begin()]
         early, self.early = self.early, []
         for update in early:
             out += self.full.received(update)

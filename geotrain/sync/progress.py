@@ -30,6 +30,8 @@ class Progress:
     steps: int = 0
     samples: int = 0
     held: bool = True
+    waits_for: str = ""
+    """Why it is held."""
     over: bool = True
     last: int | None = None
     """The agreed early end, once anybody asked."""
@@ -115,6 +117,7 @@ class Progress:
 
     def hold(self, reason: str) -> list[Instruction]:
         """Say so once."""
+        self.waits_for = reason
         if self.held:
             return []
         self.held = True

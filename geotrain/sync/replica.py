@@ -95,7 +95,7 @@ def _read(update: Update, decode: Callable[[Payload], Tensor], payload: Payload)
     try:
         return decode(payload)
     except ValueError as error:
-        raise UpdateUnusable(update.origin, update.round, str(error)) from error
+        raise UpdateUnusable(update.origin, update.round, error) from error
 
 
 @dataclass(slots=True)

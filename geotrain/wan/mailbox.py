@@ -138,7 +138,7 @@ class MailboxTransport:
                     Box(place.fs, name).remove_all()
             self.box.write(self.seal.close({"life": self.identity.life}), "here")
         except STORE_ERRORS as error:
-            raise MailboxUnusable(self.identity.region, self.address, str(error) or type(error).__name__) from error
+            raise MailboxUnusable(self.identity.region, self.address, error) from error
 
     def link(self, peer: str) -> LinkTraffic:
         return self.traffic.setdefault(peer, LinkTraffic())
@@ -263,7 +263,7 @@ class _Worker(ABC):
                 answer = request()
             except STORE_ERRORS as error:
                 if time.monotonic() - self._alive_at > self.owner.give_up_s:
-                    raise MailboxUnusable(self.owner.identity.region, url, str(error) or type(error).__name__) from error
+                    raise MailboxUnusable(self.owner.identity.region, url, error) from error
                 with self._counting:
                     self.traffic.retries += 1
                 self.over.wait(pause)

@@ -29,7 +29,7 @@ from geotrain.report.folder import RunFolder
 from geotrain.report.ledger import ledger, write_spent_rows
 from geotrain.run import Run
 from tests.making import conduct, points_job
-from tests.points import flip_a_bit_of_the_next_state, never_write_a_part
+from tests.points import flip_a_bit_of_the_next_state, lose_the_next_hello, never_write_a_part
 from tests.s3 import free_port
 from tests.valve import Valve
 
@@ -344,6 +344,29 @@ def test_what_a_peer_gives_and_is_damaged_is_asked_for_once_more(tmp_path: Path,
     assert (killed["region"], damaged["region"]) == ("south", "south")
     assert "arrived with another SHA-256" in damaged["message"]
     assert [event["region"] for event in events(run, "back")] == ["south", "south"]
+    assert ledger(run.folder)["balanced"]
+
+
+@pytest.mark.parametrize("regions", [("north", "south"), pytest.param(("north", "south", "west"), marks=pytest.mark.chaos)])
+def test_where_all_wait_for_each_other_they_go_back_to_the_last_checkpoint(
+    tmp_path: Path, regions: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("geotrain.plan.planner.LEAST_HANG_S", 2.0)
+    monkeypatch.setattr("geotrain.plan.planner.HANG_FACTOR", 0.0)
+    run = Run.start(job_of(tmp_path, "ma", regions=regions))
+
+    def strike(run: Run) -> None:
+        on_leader(run, "north", lose_the_next_hello, "south")
+        os.kill(pid_of(run, "south"), signal.SIGKILL)
+
+    summary = conduct(run, in_mid_run(strike))
+    (standstill,) = events(run, "standstill")
+    assert standstill["waits_for"].keys() == set(regions)
+    assert standstill["waits_for"]["north"].endswith("finding out who is ahead")
+    assert "all regions waited for each other" in events(run, "lost")[1]["message"]
+    assert [event["round"] for event in events(run, "rolled_back")] == [100]
+    assert [event["round"] for event in events(run, "seated")[-len(regions) :]] == [100] * len(regions), "south was back already"
+    assert summary["metrics"]["mse"] < 1.0
     assert ledger(run.folder)["balanced"]
 
 

@@ -33,7 +33,7 @@ from geotrain.errors import (
 from geotrain.job import JobSpec, parse_job
 from geotrain.report.folder import RunFolder
 from geotrain.report.ledger import ledger
-from geotrain.run import Run
+from geotrain.run import InThreads, Run, locate_and_plan
 from tests.making import conduct, job_tree, points_job, write_points
 
 
@@ -62,7 +62,7 @@ def stages(job: JobSpec, *, train: bool = False) -> Run:
     """Analyse, plan and provision; train as well when asked."""
     run = Run.start(job)
     with run:
-        run.look_and_plan()
+        locate_and_plan(run, InThreads(run))
         run.introduce(run.in_every_region(run.provision))
         for segment in run.segments_left() if train else []:
             run.synchronize(segment, run.in_every_region(run.train, segment))
@@ -189,5 +189,5 @@ def test_a_checkpoint_with_a_flipped_bit_is_named_on_resume(addresses: dict[str,
     part.write_bytes(part.read_bytes()[:-1] + b"\x01")
     resumed = Run.resume(RunFolder(run.folder.url))
     with pytest.raises(BadCheckpoint, match=r"north\.safetensors"), resumed:
-        resumed.look_and_plan()
+        locate_and_plan(resumed, InThreads(resumed))
         resumed.in_every_region(resumed.provision)

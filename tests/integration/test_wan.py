@@ -13,7 +13,7 @@ from geotrain.doctor import examine
 from geotrain.errors import BadCertificate, UpdateRefused
 from geotrain.job import JobSpec, parse_job
 from geotrain.report.folder import RunFolder
-from geotrain.run import Run
+from geotrain.run import InThreads, Run, locate_and_plan
 from geotrain.sync.messages import Kind, Update
 from geotrain.wan import certs
 from geotrain.wan.flight import FlightTransport
@@ -133,7 +133,7 @@ def test_the_doctor_finds_nothing_and_the_plan_believes_its_links(tmp_path: Path
     assert kept["links"].keys() == {"north>south", "south>north"}
     run = Run.start(job)
     with run:
-        plan = run.look_and_plan()
+        plan = locate_and_plan(run, InThreads(run))
     assert run.job.link("north", "south").mbit_per_s == pytest.approx(kept["links"]["north>south"]["mbit_per_s"])
     assert plan.exchange_s < 0.4, "by the job's own links it would take longer"
     assert not [path for path in (tmp_path / "box").rglob("*") if path.is_file()]

@@ -1,13 +1,7 @@
 from geotrain.partition.signs import COLD, FROZEN_S, Signs
+from tests.making import Clock
 
 LIFE = 7
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def looking(signs: Signs, clock: Clock, seconds: float) -> float | None:
