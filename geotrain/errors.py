@@ -174,7 +174,7 @@ class WorkerHangs(ClusterError):
 class NobodyGoesOn(ClusterError):
     fields = ("region", "waited_s", "detail")
     says = "region {region}: all regions waited for each other for {waited_s:.0f} s: {detail}"
-    remedy = "the run goes on from its last checkpoint; this is a fault of geotrain: please report it with the run's events.jsonl"
+    remedy = "this is a fault of geotrain: please report it with the run's events.jsonl; `geotrain resume` goes on from the last checkpoint"
 
 
 class DeviceFailed(ClusterError):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from geotrain import checkpoint
-from geotrain.partition import server
+from geotrain.partition import progress, server
 from geotrain.sync.messages import Kind
 from geotrain.wan.transport import Delivery
 
@@ -108,17 +108,22 @@ def flip_a_bit_of_the_next_state(file: str) -> None:
     server._with_hash = spoilt
 
 
-def lose_the_next_hello(origin: str) -> None:
+def lose_the_next_hello(origin: str, *, always: bool = False) -> None:
     """Though it was acknowledged: all wait for ever for what follows it."""
     take, lost = server.ParameterServer.take, list[Delivery]()
 
     def deaf(self: server.ParameterServer, delivery: Delivery) -> None:
-        if (delivery.update.kind, delivery.update.origin) == (Kind.HELLO, origin) and not lost:
+        if (delivery.update.kind, delivery.update.origin) == (Kind.HELLO, origin) and (always or not lost):
             lost.append(delivery)
         else:
             take(self, delivery)
 
     server.ParameterServer.take = deaf  # type: ignore[method-assign]
+
+
+def tell_seldom() -> None:
+    """Of rounds, and of what is held of others' rounds."""
+    progress.EVERY_S = progress.ROUND_EVERY_S = 60.0
 
 
 def never_write_a_part() -> None:

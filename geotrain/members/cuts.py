@@ -22,7 +22,7 @@ class Cuts:
     def forget(self, region: str) -> None:
         """It is in, or out, anew."""
         self._silent.pop(region, None)
-        self._silent = {name: {to: s for to, s in silent.items() if to != region} for name, silent in self._silent.items()}
+        self._silent = {name: {to: s for to, s in silent.items() if to != region} for name, silent in list(self._silent.items())}
 
     def suspected(self, present: Collection[str]) -> bool:
         """Whether a peer has been silent for the whole time."""

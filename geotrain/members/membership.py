@@ -1,6 +1,8 @@
 """Membership: regions are lost and come back while the others train. Who notices, what is told to whom, and where each goes on."""
 
+import math
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -33,8 +35,12 @@ from geotrain.sync.messages import View
 
 REPLACED_S = 3.0
 """How long a cluster gets to replace a worker before the region goes on with those that are left."""
+POLL_S = 0.02
 AGAIN_S = 1.0
 """Between two attempts to bring a region back."""
+
+SETTLED_S = 2.0
+"""How long the others get to tell what they hold of a region that is lost."""
 
 AWAY = (ClusterError, CheckpointUnreadable, CannotListen)
 """What a region may come back from; a port may still be held by the process that was lost."""
@@ -67,9 +73,17 @@ class Membership:
         self.standstill = Standstill(plan.stands_still_after_s)
         self._stands_still: dict[str, NobodyGoesOn] = {}
         """Regions that were told to end for that."""
+        self._stood_still_at = -1
+        """The checkpoint to which the run went back for that."""
+        self.for_good = False
+        """It stood still once more before another was made."""
         self._lost_since: dict[str, int] = {}
         """Regions of which a seat was lost, and the round at which that segment began: their rows in rounds that the others hold are to
         be counted still."""
+        self._lost_in: dict[str, int] = {}
+        """Region -> epoch of the first view without it."""
+        self._told_in: dict[str, float] = {}
+        """Region -> epoch of the view in which its leader told something last; infinite once its segment was over."""
         self._made_up: dict[str, int] = {}
         self._first: SeatTaken | None = None
         """Whose model all others must have."""
@@ -103,6 +117,8 @@ class Membership:
         for other in seats[1:]:
             check_same_model(seats[0], other, values=self.manifest is None)
         self._first = next(iter(seats), None)
+        if self.manifest is not None and {seat.region for seat in seats} != set(self.present):
+            self.tally = Tally.of(self.folder, self.manifest.round)  # who has no seat will take one later
         self.links.introduce(seats, in_every_region)
         for seat in seats:
             self._seated(seat)
@@ -150,9 +166,18 @@ class Membership:
 
     def heard(self, region: str, message: Mapping[str, Any]) -> None:
         """What a leader told."""
-        if rounds := message.get("rounds", ()):
+        rounds, event = message.get("rounds", ()), message.get("event", {})
+        is_in = self.tally.is_in(region, message["life"])
+        if is_in and event.get("event") == "healed":
+            self.tally.healed(region, event["by"], event["round"])
+        if is_in and rounds and region in self._behind:
             self._behind.discard(region)
-        self.tally.heard(region, rounds, message.get("settled", {}))
+            self.tally.came_in(region)
+        self.tally.heard(region, message["life"], rounds, message.get("settled", {}))
+        if not is_in:
+            return  # a process that was given up
+        if "epoch" in message:
+            self._told_in[region] = math.inf if message["closing"] else message["epoch"]
         if "silent" in message:
             self.links.heard(region, message["silent"])
         if "waits_for" in message:
@@ -165,6 +190,8 @@ class Membership:
             return
         why = "; ".join(f"{name}: {waits_for}" for name, waits_for in found.items())
         self.folder.event("standstill", waits_for=found)
+        back_to = self.manifest.round if self.manifest else 0
+        self.for_good, self._stood_still_at = back_to == self._stood_still_at, back_to
         self._stands_still.update({other: NobodyGoesOn(other, self.standstill.after_s, why) for other in present})
         for other in present:
             self.partitions[other].tell_abort()
@@ -173,6 +200,11 @@ class Membership:
         """What is wrong with a region whose leader was told to end while the run goes on."""
         stands_still = self._stands_still.pop(region, None)
         return self.links.why_cut_off(region) or (stands_still if region in self.present else None)
+
+    def checkpointed(self) -> None:
+        """The run goes back no further than to the last checkpoint."""
+        if (last := self.manifest) is not None:
+            self.tally.checkpointed(last.round, [part.region for part in last.parts if part.round == last.round])
 
     def close(self) -> None:
         """Nobody is told to end any more: the run ends, or all take their seats anew."""
@@ -196,10 +228,14 @@ class Membership:
         """Its workers, or its cluster, are gone: the others go on in a view without it."""
         self.board.status(region, "lost")
         self.commits.lost(region)
+        self.checkpointed()
+        self.tally.lost(region)
         self._in_segment.discard(region)
         with self._lock:
             before = self.present
             view = self.roster.lose(region)
+            self._lost_in[region] = view.epoch
+            self._told_in.pop(region, None)
             self.links.left(region, before, cut_off=isinstance(error, PeerUnreachable))
             self._behind.discard(region)
             self._lost_since.setdefault(region, round)
@@ -212,6 +248,7 @@ class Membership:
                     self.folder.event("lost", region=other, message=f"{region} was to bring it up to date")
                     self.partitions[other].tell_abort()
                     self.commits.lost(other)
+                    self.tally.lost(other)
                     view = self.roster.lose(other)
             self._tell(view)
             if not view.regions:
@@ -219,6 +256,8 @@ class Membership:
                 self._ready.clear()
                 back_to = self.rolled_back(self.manifest)
                 self._made_up.clear()
+                self._lost_in.clear()
+                self._told_in.clear()
                 self.tally.back_to(back_to)
                 self._lost_since = dict.fromkeys(self._lost_since, back_to)
                 self.folder.event("rolled_back", round=back_to, why="no region was left that holds what came later")
@@ -243,6 +282,7 @@ class Membership:
             self._belong.discard(region)
             self.roster.quorum = self.job.quorum_of(len(self._belong))
             view = self.roster.lose(region)
+            self.tally.lost(region)
             self.links.forget(region)
             self._tell(view)
 
@@ -336,6 +376,8 @@ class Membership:
             alone, part = not self.present, self.manifest.part(region) if self.manifest else None
             if alone and self.manifest is not None and (part is None or part.round != self.manifest.round):
                 return False  # another region has what all agreed on
+            if not alone:
+                self._hear_what_is_held(region)
             place = None if alone else self.tally.place(region)
             if alone or (taken := self._seat_ready(region, place)) is None:
                 taken = self._seat_with(part, region, make_order, self.roster.with_(region), not alone, place)
@@ -358,6 +400,15 @@ class Membership:
                 self._tell(admitted)
         self.board.status(region, "back")
         return True
+
+    def _hear_what_is_held(self, region: str) -> None:
+        """Wait, not for long, until the others have told something in a view without it: they take nothing more of its rounds then."""
+        lost_in, until = self._lost_in.get(region, -1), time.monotonic() + SETTLED_S
+        while time.monotonic() < until:
+            others = [other for other in self.present if other not in self._behind]
+            if all(self._told_in.get(other, -1) >= lost_in for other in others):
+                return
+            time.sleep(POLL_S)
 
     def _seat_ready(self, region: str, place: Place | None) -> SeatTaken | None:
         """The seat that was ready too late for the segment before, if it is still what the region needs."""

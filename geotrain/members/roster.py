@@ -70,14 +70,14 @@ class Roster:
         """
         with self._changed:
             self._ended[region] = ticket, epoch
-            if all(self._ended.get(other) == (ticket, self.view.epoch) for other in self.view.regions):
+            if region in self.view.regions and all(self._ended.get(other) == (ticket, self.view.epoch) for other in self.view.regions):
                 self._over = ticket
                 self._changed.notify_all()
             while self._over < ticket and self.view.epoch == epoch:
                 if aborted.is_set():
                     raise Stopped(self.run)
                 self._changed.wait(POLL_S)
-            return self._over >= ticket
+            return self._over >= ticket and region in self.view.regions
 
     def has_ended(self, region: str, ticket: int) -> bool:
         """Whether a region ended this segment, in whatever view."""

@@ -3,12 +3,13 @@ goes on with the first row that nobody has learned from, and after a checkpoint 
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from geotrain.partition.orders import Place
 from geotrain.report.folder import RunFolder
+from geotrain.report.ledger import seats_of
 
 
 @dataclass(slots=True)
@@ -28,25 +29,65 @@ class Tally:
     def __init__(self) -> None:
         self._seats: dict[str, list[_Seat]] = {}
         """Of each region, the oldest first: those that the run may go back to."""
-        self._settled: dict[str, int] = {}
-        """Region -> the first of its rounds that no other region holds."""
+        self._in: set[str] = set()
+        """Regions that have not lost their last seat."""
+        self._claims: dict[str, dict[str, int]] = {}
+        """Region that is in -> other -> the first of its rounds that the one does not hold, as the one said."""
+        self._stored: dict[str, int] = {}
+        """Region -> the first of its rounds that the last checkpoint does not hold."""
         self._lock = threading.Lock()
 
     def seated(self, region: str, life: int, cursor: dict[str, Any], round: int) -> None:
         """It begins there."""
         with self._lock:
             self._seats.setdefault(region, []).append(_Seat(life, cursor, round))
+            self._in.add(region)
+            self._claims.pop(region, None)
 
-    def heard(self, region: str, rounds: Sequence[Mapping[str, Any]], settled: Mapping[str, int]) -> None:
-        """What a leader told. Of its own rounds only the others' word counts: theirs is what it will be given."""
+    def lost(self, region: str) -> None:
+        """What it holds is gone with it."""
+        with self._lock:
+            self._in.discard(region)
+            self._claims.pop(region, None)
+
+    def is_in(self, region: str, life: int) -> bool:
+        """Whether that is the life of a region's seat, which it has not lost."""
+        with self._lock:
+            return self._is_in(region, life)
+
+    def _is_in(self, region: str, life: int) -> bool:
+        return region in self._in and self._seats[region][-1].life == life
+
+    def heard(self, region: str, life: int, rounds: Sequence[Mapping[str, Any]], settled: Mapping[str, int]) -> None:
+        """What a leader told. Of its own rounds only the others' word counts: theirs is what it will be given. One that is lost by now may
+        still say what it did, and holds nothing.
+        """
         with self._lock:
             seats = {seat.life: seat for seat in self._seats.get(region, ())}
             for record in rounds:
                 if (seat := seats.get(record["life"])) is not None:
                     seat.closed[record["round"]] = record["epoch"], record["done"], record["samples"]
-            for other, first in settled.items():
-                if other != region:
-                    self._settled[other] = max(first, self._settled.get(other, 0))
+            if self._is_in(region, life):
+                claims = self._claims.setdefault(region, {})
+                claims.update({other: max(first, claims.get(other, 0)) for other, first in settled.items() if other != region})
+
+    def healed(self, region: str, by: str, round: int) -> None:
+        """It holds what another held before a round."""
+        with self._lock:
+            if region in self._in:
+                held = {**self._claims.get(by, {}), by: round}
+                self._claims[region] = {other: min(first, round) for other, first in held.items() if other != region}
+
+    def came_in(self, region: str) -> None:
+        """It trains: where it was not healed it took part in a merge of all, and holds what the others do."""
+        with self._lock:
+            if region in self._in and region not in self._claims:
+                others = {other for claims in self._claims.values() for other in claims}
+                self._claims[region] = {other: self._held(other) for other in others if other != region}
+
+    def _held(self, region: str) -> int:
+        """The first of its rounds that neither the last checkpoint nor another region holds."""
+        return max([self._stored.get(region, 0), *(claims.get(region, 0) for teller, claims in self._claims.items() if teller != region)])
 
     def place(self, region: str) -> Place | None:
         """Where a region goes on that lost its state while others went on; None: it never had a seat."""
@@ -54,7 +95,7 @@ class Tally:
             if not (seats := self._seats.get(region)):
                 return None
             seat = seats[-1]
-            if (last := _last_before(seat, self._settled.get(region, 0))) is None:
+            if (last := _last_before(seat, self._held(region))) is None:
                 return Place(seat.cursor, seat.round)
             return Place(seat.cursor, last + 1, seat.closed[last][:2])
 
@@ -66,36 +107,38 @@ class Tally:
     def samples_held(self, region: str, since: int) -> int:
         """Rows of its last seat, from a round on, that another region holds."""
         with self._lock:
-            seats, settled = self._seats.get(region), self._settled.get(region, 0)
-            return sum(rows for round, (_, _, rows) in seats[-1].closed.items() if since <= round < settled) if seats else 0
+            seats, held = self._seats.get(region), self._held(region)
+            return sum(rows for round, (_, _, rows) in seats[-1].closed.items() if since <= round < held) if seats else 0
 
     def back_to(self, round: int) -> None:
-        """The run goes on from a checkpoint: what came later is void, and so are seats that were taken later."""
+        """The run goes on from the last checkpoint: what came later is void, and so are seats that were taken later."""
         with self._lock:
-            self._settled = {region: min(first, round) for region, first in self._settled.items()}
+            self._claims.clear()
             for seats in self._seats.values():
                 del seats[_at(seats, round) + 1 :]
                 for seat in seats:
                     seat.closed = {closed: what for closed, what in seat.closed.items() if closed < round}
 
-    def checkpointed(self, round: int) -> None:
-        """The run goes back no further than that."""
+    def checkpointed(self, round: int, regions: Collection[str]) -> None:
+        """A checkpoint was made before that round, with these regions: the run goes back no further."""
         with self._lock:
+            self._stored = {region: min(round, self._held(region)) for region in self._seats} | dict.fromkeys(regions, round)
             for region, seats in self._seats.items():
                 del seats[: _at(seats, round)]
                 for seat in seats:
-                    last = _last_before(seat, min(round, self._settled.get(region, 0)))
+                    last = _last_before(seat, self._stored.get(region, 0))
                     seat.closed = {closed: what for closed, what in seat.closed.items() if last is None or closed >= last}
 
     @classmethod
     def of(cls, folder: RunFolder, round: int) -> "Tally":
         """As it was when the checkpoint before a round was made."""
+        seats, held = seats_of(folder, round)
         tally = cls()
-        for event in folder.lines("events.jsonl"):
-            if event["event"] == "seated":
-                tally.seated(event["region"], event["life"], event["cursor"], event["round"])
-        for record in folder.lines("rounds.jsonl"):
-            tally.heard(record["region"], [record], record.get("settled", {}) if record["round"] < round else {})
+        tally._stored = held
+        for region, lives in seats.items():
+            for life, seating in sorted(lives.items()):
+                closed = {made.round: (made.epoch, made.done, made.samples) for made in seating.rounds if made.round < seating.until}
+                tally._seats.setdefault(region, []).append(_Seat(life, seating.cursor, seating.round, closed))
         tally.back_to(round)
         return tally
 

@@ -80,12 +80,12 @@ class Endpoint:
 
     def introduce(self, directory: Directory) -> None:
         """Learn where the others are. What is under way to one that has left, or has another address now, is dropped."""
-        for other, addresses in self.directory.addresses.items():
+        before, self.directory = self.directory, directory
+        for other, addresses in before.addresses.items():
             if directory.addresses.get(other) != addresses:
                 self._routed.forget(other)
                 for peers in self._peers.values():
                     peers.pop(other, None)
-        self.directory = directory
         for other, addresses in directory.addresses.items():
             for way, address in addresses.items():
                 self._peers[way][other] = address

@@ -71,6 +71,8 @@ class Partition:
         """Of those, the ones that were busy for too long: what each answers as soon as it is free, and of use again."""
         self._lives: set[int] = set()
         """Of the seats."""
+        self._ended: set[int] | None = None
+        """Those that were told to end."""
         self._known: tuple[View, Directory] | None = None
         """The newest that the leader was told."""
         self._telling: list[threading.Thread] = []
@@ -195,6 +197,7 @@ class Partition:
 
     def tell_abort(self) -> None:
         """To end what they do at once."""
+        self._ended = self._lives
         self._tell("abort", self._lives)
 
     def tell_view(self, view: View, directory: Directory) -> None:
@@ -350,6 +353,8 @@ class Partition:
                 checked = time.monotonic()
                 if workers is None:
                     self._tell("watched", self._known, self._asked)
+                    if self._ended is self._lives:
+                        self.tell_abort()
                 self._check_workers(futures, workers or self.workers, doing)
             time.sleep(POLL_S if len(futures) > 1 else 0.02)
         patience_s = WORKERS_CHECK_S

@@ -11,6 +11,8 @@ from geotrain.partition.orders import topic
 from geotrain.partition.server import RoundRecord
 
 EVERY_S = 0.5
+ROUND_EVERY_S = 0.1
+"""A round is told at once, unless they are shorter: what is lost with a leader, its last rounds not told among it, is to be little."""
 
 
 class Reporter:
@@ -18,6 +20,8 @@ class Reporter:
 
     def __init__(self, scope: str, region: str, life: int) -> None:
         self.topic, self.life, self._worker = topic(scope, region), life, get_worker()
+        self.epoch = -1
+        """Of the view that the leader has taken last."""
         self.endpoint: Endpoint | None = None
         """The leader's: what it carried and refused is told with the rounds."""
         self.settled: Mapping[str, int] = {}
@@ -31,6 +35,8 @@ class Reporter:
 
     def round(self, record: RoundRecord) -> None:
         self._rounds.append({**record.to_dict(), "life": self.life})
+        if time.monotonic() - self._sent_at > ROUND_EVERY_S:
+            self.flush()
 
     def tell(self) -> None:
         """Now and then, what there is to tell; at once that a wait is over, since the next step may take long."""
@@ -60,7 +66,7 @@ class Reporter:
             silent = {to: round(seconds, 1) for to, seconds in self.endpoint.silent().items()}
             waits_for = None if closing or silent else self.waits_for()
             words = {"rounds": self._rounds, "links": links, "settled": dict(self.settled), "silent": silent, "closing": closing}
-            self.say({**words, "waits_for": waits_for})
+            self.say({**words, "waits_for": waits_for, "epoch": self.epoch})
             self._waits = waits_for is not None
         else:
             self.say({"rounds": []})  # the leader, which waits for this worker, can say nothing

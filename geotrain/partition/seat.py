@@ -179,6 +179,8 @@ class Seat:
         assert self.server is not None
         self._endpoint.introduce(directory)
         self.server.change_view(view)  # one that is known already changes nothing
+        self.reporter.epoch = view.epoch
+        self.reporter.flush()  # what it holds of a region that was lost is known from here on
 
     def _attend(self, wanted: Callable[[], bool]) -> None:
         """Before an inner step, and while there is none to make: take the views that were told, see whether anybody is in charge."""

@@ -222,16 +222,20 @@ class ParameterServer:
         if self.stop_wanted() and not self._stop_told:
             self._stop_told = True
             self.handle(StopAsked(self.clock()))
-        while (delivery := self.transport.receive(0)) is not None:
-            self.take(delivery)
-        self.tick()
         at = self.machine.at
-        while at.held and not at.over:
-            wait_s = min([POLL_S, *(max(0.0, at - self.clock()) for at in self._wake_at)])
+        waited = at.held
+        while True:
+            while (delivery := self.transport.receive(0)) is not None:
+                self.take(delivery)
+            self.tick()
+            if waited:
+                self.attend()  # the last word before a step, which may take long, is not that it waits
+            if not at.held or at.over:
+                break
+            waited = True
+            wait_s = min([POLL_S, *(max(0.0, wake_at - self.clock()) for wake_at in self._wake_at)])
             if (late := self.transport.receive(wait_s)) is not None:
                 self.take(late)
-            self.tick()
-            self.attend()
         changed, self._changed = self._changed, False
         void, self._void = self._void, False
         return Directive(at.round, changed, at.over, at.pace.epoch(at.round), at.done + at.steps, void)

@@ -105,16 +105,23 @@ def _accounts(folder: RunFolder) -> Iterator[tuple[str, tuple[RowGroup, ...], li
 
 
 def _seatings(folder: RunFolder, back_to: float = math.inf) -> dict[str, list[Seating]]:
-    """Region -> its seats, with their rounds, and up to where these count. `back_to`: the run goes on from before that round."""
+    """Region -> its seats, the oldest first, with their rounds, and up to where these count."""
+    return {region: [lives[life] for life in sorted(lives)] for region, lives in seats_of(folder, back_to)[0].items()}
+
+
+def seats_of(folder: RunFolder, back_to: float = math.inf) -> tuple[dict[str, dict[int, Seating]], dict[str, int]]:
+    """(region -> life -> its seat, with its rounds, and up to where these count; region -> the first of its rounds that no other holds).
+
+    `back_to`: the run goes on from before that round.
+    """
     seats: dict[str, dict[int, Seating]] = {}
-    agreed: dict[str, int] = {}
-    """Region -> the round before which all had the same, itself among them."""
+    held: dict[str, int] = {}
     away: set[str] = set()
 
     def go_back(round: float) -> None:
         for seat in [seat for lives in seats.values() for seat in lives.values()]:
             seat.until = min(seat.until, round)
-        agreed.update({region: int(min(before, round)) for region, before in agreed.items()})
+        held.update({region: int(min(before, round)) for region, before in held.items()})
 
     for event in folder.lines("events.jsonl"):
         match event["event"]:
@@ -123,15 +130,13 @@ def _seatings(folder: RunFolder, back_to: float = math.inf) -> dict[str, list[Se
                 away.discard(event["region"])
             case "lost":
                 away.add(event["region"])
-            case "segment":
-                agreed |= dict.fromkeys(event.get("hashes", ()), event["round"])
+            case "segment":  # at whose end all had the same, themselves among them
+                held |= dict.fromkeys(event.get("hashes", ()), event["round"])
             case "rolled_back" | "resumed":
                 go_back(event["round"])
             case "bad_checkpoint" if event.get("back_to") is not None:
                 go_back(event["back_to"])
     go_back(back_to)
-    held: dict[str, float] = {}
-    """Region -> the first of its rounds that no other has."""
     for record in folder.lines("rounds.jsonl"):
         if (seat := seats.get(record["region"], {}).get(record["life"])) is None:
             continue  # the process was killed before it could say that
@@ -139,8 +144,8 @@ def _seatings(folder: RunFolder, back_to: float = math.inf) -> dict[str, list[Se
         seat.rounds.append(RoundOfRows(record["round"], record["epoch"], record["done"], record["steps"], void, record["samples"]))
         for other, first in record.get("settled", {}).items():
             if other != record["region"]:
-                held[other] = max(held.get(other, 0), min(first, seat.until))
-    found = {region: [lives[life] for life in sorted(lives)] for region, lives in seats.items()}
-    for region in away & found.keys():  # what only it had went with it
-        found[region][-1].until = min(found[region][-1].until, max(held.get(region, 0), agreed.get(region, 0)))
-    return found
+                held[other] = max(held.get(other, 0), int(min(first, seat.until)))
+    for region in away & seats.keys():  # what only it had went with it
+        last = seats[region][max(seats[region])]
+        last.until = min(last.until, held.get(region, 0))
+    return seats, held

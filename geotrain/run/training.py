@@ -9,6 +9,7 @@ from geotrain.errors import (
     DeviceFailed,
     Diverged,
     GeotrainError,
+    NobodyGoesOn,
     NonFiniteLoss,
     StateDamaged,
     Stopped,
@@ -59,6 +60,8 @@ class Training(Seating):
                 if self.control.abort.is_set():
                     raise
                 if (why := self.membership.why_told_to_end(region)) is not None:
+                    if isinstance(why, NobodyGoesOn) and self.membership.for_good:
+                        raise why from None
                     self.membership.lost(region, why, self.round)
                 elif region in self.present:
                     silent = WorkerLost(region, self.partitions[region].workers[0], "it heard nothing of this process and gave up")
@@ -95,7 +98,7 @@ class Training(Seating):
         self._diverged = False
         self.round = rounds.pop()
         self.commits.settle(self._check_parts)  # of the segment before: its manifest has the parts of those that are away
-        self.membership.tally.checkpointed(self.commits.last.round if self.commits.last else 0)
+        self.membership.checkpointed()
         for part in done:
             self.accounts.segment(part)
         for region, samples in self.membership.rows_made_up().items():

@@ -102,10 +102,10 @@ class FlightTransport:
         return f"{self._host}:{self._server.port}"
 
     def send(self, to: str, update: Update, payload: Tensor) -> None:
-        if to not in self._lanes:
+        if (lane := self._lanes.get(to)) is None:
             life = self.identity.life + self._times_left[to]
-            self._lanes[to] = _Lane(self, to, life, self.traffic.setdefault(to, LinkTraffic()))
-        self._lanes[to].put(update, payload)
+            lane = self._lanes[to] = _Lane(self, to, life, self.traffic.setdefault(to, LinkTraffic()))
+        lane.put(update, payload)
 
     def receive(self, timeout_s: float) -> Delivery | None:
         self.check()
@@ -419,6 +419,8 @@ class _Lane:
             return
         now = time.monotonic()
         with self._changed:
+            if self._closed:
+                return  # the traffic is that of the next lane
             self._under_way -= 1
             self._alive_at = now
             if answer["answer"] == "later":

@@ -306,6 +306,10 @@ class _Writer(_Worker):
             self.traffic.begin(time.monotonic())
             self.changed.notify_all()
 
+    def end(self) -> None:
+        super().end()
+        self.traffic.end(time.monotonic())
+
     def drain(self, timeout_s: float) -> bool:
         with self.changed:
             done = self.changed.wait_for(lambda: self.error is not None or not (self._waiting or self._written), timeout_s)
@@ -400,7 +404,7 @@ class _Writer(_Worker):
             self.ask(lambda: self.owner.box.remove(names), self.owner.address)
             self._pause = 0.0
         with self.changed:
-            if not (self._waiting or self._written):
+            if not (self._waiting or self._written or self.over.is_set()):
                 self.traffic.end(time.monotonic())
             self.changed.notify_all()
             if self._written:  # a peer that is far behind is asked seldom

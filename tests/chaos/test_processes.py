@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,14 @@ from distributed import Future, LocalCluster
 from safetensors.torch import load_file
 
 from geotrain.charge import ask
-from geotrain.errors import ClusterTooSmall, DeviceFailed, Diverged, NonFiniteLoss, QuorumLost, StateDamaged, Stopped
+from geotrain.errors import ClusterTooSmall, DeviceFailed, Diverged, NobodyGoesOn, NonFiniteLoss, QuorumLost, StateDamaged, Stopped
 from geotrain.job import JobSpec, load_job
 from geotrain.partition.partition import Partition
 from geotrain.report.folder import RunFolder
 from geotrain.report.ledger import ledger, write_spent_rows
 from geotrain.run import Run
 from tests.making import conduct, points_job
-from tests.points import flip_a_bit_of_the_next_state, lose_the_next_hello, never_write_a_part
+from tests.points import flip_a_bit_of_the_next_state, lose_the_next_hello, never_write_a_part, tell_seldom
 from tests.s3 import free_port
 from tests.valve import Valve
 
@@ -147,6 +148,26 @@ def test_a_region_is_back_before_the_others_have_heard_that_it_was_lost(
     assert [event["region"] for event in events(run, "lost")] == [event["region"] for event in events(run, "back")] == ["south"]
     assert not kept
     assert ledger(run.folder)["balanced"]
+
+
+@pytest.mark.parametrize("strategy", ["streaming", *(pytest.param(name, marks=pytest.mark.chaos) for name in ("ma", "asgd_ga"))])
+def test_a_region_goes_on_where_the_others_hold_its_rounds_though_they_told_of_none(tmp_path: Path, strategy: str) -> None:
+    run, told = Run.start(job_of(tmp_path, strategy)), list[int]()
+
+    def strike(run: Run) -> None:
+        for region in ("north", "west"):
+            on_leader(run, region, tell_seldom)
+        wait_for(lambda: run.board.rows["south"].rounds > 170)
+        os.kill(pid_of(run, "south"), signal.SIGKILL)
+        told.append(run.board.rows["south"].rounds)
+
+    summary = conduct(run, in_mid_run(strike))
+    _, again = [event for event in events(run, "seated") if event["region"] == "south"]
+    assert told[0] - 20 < again["round"] <= told[0] + 1, "its last rounds may be with nobody"
+    found = ledger(run.folder)
+    assert found["balanced"]
+    counted = {name: sum(row["once"] for row in found["regions"] if row["region"] == name) for name in ("north", "south", "west")}
+    assert {row["region"]: row["samples"] for row in summary["regions"]} == counted
 
 
 def test_a_region_whose_model_takes_longer_to_build_than_a_segment_lasts_comes_back(
@@ -347,18 +368,30 @@ def test_what_a_peer_gives_and_is_damaged_is_asked_for_once_more(tmp_path: Path,
     assert ledger(run.folder)["balanced"]
 
 
-@pytest.mark.parametrize("regions", [("north", "south"), pytest.param(("north", "south", "west"), marks=pytest.mark.chaos)])
+@pytest.mark.parametrize(
+    ("regions", "again"),
+    [
+        (("north", "south"), False),
+        pytest.param(("north", "south"), True, marks=pytest.mark.chaos),
+        pytest.param(("north", "south", "west"), False, marks=pytest.mark.chaos),
+    ],
+)
 def test_where_all_wait_for_each_other_they_go_back_to_the_last_checkpoint(
-    tmp_path: Path, regions: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, regions: tuple[str, ...], again: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("geotrain.plan.planner.LEAST_HANG_S", 2.0)
     monkeypatch.setattr("geotrain.plan.planner.HANG_FACTOR", 0.0)
     run = Run.start(job_of(tmp_path, "ma", regions=regions))
 
     def strike(run: Run) -> None:
-        on_leader(run, "north", lose_the_next_hello, "south")
+        on_leader(run, "north", partial(lose_the_next_hello, always=again), "south")
         os.kill(pid_of(run, "south"), signal.SIGKILL)
 
+    if again:
+        with pytest.raises(NobodyGoesOn, match="finding out who is ahead"):
+            conduct(run, in_mid_run(strike))
+        assert len(events(run, "standstill")) == 2
+        return
     summary = conduct(run, in_mid_run(strike))
     (standstill,) = events(run, "standstill")
     assert standstill["waits_for"].keys() == set(regions)

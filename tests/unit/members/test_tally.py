@@ -14,70 +14,133 @@ AT_0, AT_129 = {"epoch": 0}, {"epoch": 12}
 def rounds(life: int, first: int, end: int) -> list[dict[str, Any]]:
     """Ten rounds an epoch, of two steps and 20 rows."""
     return [
-        {"region": "south", "life": life, "round": r, "epoch": r // 10, "done": 2 * (r % 10) + 2, "samples": 20} for r in range(first, end)
+        {"region": "south", "life": life, "round": r, "epoch": r // 10, "done": 2 * (r % 10) + 2, "steps": 2, "samples": 20}
+        for r in range(first, end)
     ]
+
+
+def a_run() -> Tally:
+    """North trains, and what it holds of south is told; south has its first seat."""
+    tally = Tally()
+    tally.seated("north", 9, AT_0, 0)
+    tally.seated("south", 1, AT_0, 0)
+    return tally
 
 
 def test_a_region_goes_on_with_the_first_round_that_nobody_holds() -> None:
     tally = Tally()
     assert tally.place("south") is None
-    tally.seated("south", 1, AT_0, 0)
+    tally = a_run()
     assert tally.place("south") == Place(AT_0, 0)
-    tally.heard("south", rounds(1, 0, 131), {"south": 131})
+    tally.heard("south", 1, rounds(1, 0, 131), {"south": 131})
     assert tally.place("south") == Place(AT_0, 0), "its own word does not count"
-    tally.heard("north", [], {"south": 129})
+    tally.heard("north", 9, [], {"south": 129})
     assert tally.place("south") == Place(AT_0, 129, (12, 18))
     assert tally.samples_held("south", 100) == 29 * 20
     assert tally.newest() == 131
 
 
+def test_what_a_region_holds_goes_with_it_unless_it_is_in_the_checkpoint_or_was_given_on() -> None:
+    tally = a_run()
+    tally.seated("west", 5, AT_0, 0)
+    tally.heard("south", 1, rounds(1, 0, 131), {})
+    tally.heard("north", 9, [], {"south": 100})
+    tally.checkpointed(100, ["north", "west", "south"])
+    tally.heard("north", 9, [], {"south": 129})
+    tally.lost("west")
+    tally.seated("west", 6, AT_0, 100)
+    tally.healed("west", "north", 120)
+    tally.lost("north")
+    assert tally.place("south") == Place(AT_0, 120, (11, 20)), "west was given it"
+    tally.heard("north", 9, [], {"south": 129})
+    assert tally.place("south") == Place(AT_0, 120, (11, 20)), "who is lost holds nothing, whatever it still says"
+    tally.lost("west")
+    assert tally.place("south") == Place(AT_0, 100, (9, 20)), "the checkpoint has it"
+    assert tally.place("north") == Place(AT_0, 0), "it told of no round"
+
+
+def test_who_comes_in_by_a_merge_of_all_holds_what_the_others_do() -> None:
+    tally = a_run()
+    tally.heard("south", 1, rounds(1, 0, 131), {})
+    tally.heard("north", 9, [], {"south": 129})
+    tally.seated("west", 5, AT_0, 0)
+    tally.came_in("west")
+    tally.lost("north")
+    assert tally.place("south") == Place(AT_0, 129, (12, 18))
+
+
 def test_after_going_back_a_region_that_took_a_seat_since_begins_where_the_others_do() -> None:
-    tally = Tally()
-    tally.seated("south", 1, AT_0, 0)
-    tally.heard("south", rounds(1, 0, 131), {})
-    tally.heard("north", [], {"south": 129})
+    tally = a_run()
+    tally.heard("south", 1, rounds(1, 0, 100), {})
+    tally.heard("north", 9, [], {"south": 100})
+    tally.checkpointed(100, ["north", "south"])
+    tally.heard("south", 1, rounds(1, 100, 131), {})
+    tally.heard("north", 9, [], {"south": 129})
     tally.seated("south", 2, AT_129, 129)
     assert tally.place("south") == Place(AT_129, 129)
+    for region in ("north", "south"):
+        tally.lost(region)
     tally.back_to(100)
     assert tally.place("south") == Place(AT_0, 100, (9, 20))
-    tally.heard("south", rounds(2, 129, 140), {})
+    tally.heard("south", 2, rounds(2, 129, 140), {})
     assert tally.newest() == 100, "what a seat says that is void is of no account"
 
 
 def test_however_long_a_segment_is_it_is_known_where_it_began() -> None:
-    tally = Tally()
-    tally.seated("south", 1, AT_0, 0)
-    tally.heard("south", rounds(1, 0, 5000), {})
-    tally.heard("north", [], {"south": 5000})
-    tally.checkpointed(5000)
-    tally.heard("south", rounds(1, 5000, 9900), {})
-    tally.heard("north", [], {"south": 9900})
+    tally = a_run()
+    tally.heard("south", 1, rounds(1, 0, 5000), {})
+    tally.checkpointed(5000, ["north", "south"])
+    tally.heard("south", 1, rounds(1, 5000, 9900), {})
+    tally.heard("north", 9, [], {"south": 9900})
     tally.back_to(5000)
     assert tally.place("south") == Place(AT_0, 5000, (499, 20))
 
 
 def test_what_the_run_does_not_go_back_to_is_forgotten() -> None:
-    tally = Tally()
-    tally.seated("south", 1, AT_0, 0)
-    tally.heard("south", rounds(1, 0, 300), {})
-    tally.heard("north", [], {"south": 150})
+    tally = a_run()
+    tally.heard("south", 1, rounds(1, 0, 300), {})
+    tally.heard("north", 9, [], {"south": 150})
     tally.seated("south", 2, AT_129, 150)
-    tally.checkpointed(200)
+    tally.checkpointed(200, ["north"])
     assert [(seat.life, min(seat.closed, default=None)) for seat in tally._seats["south"]] == [(2, None)]
-    tally.heard("south", rounds(2, 150, 300), {})
-    tally.heard("north", [], {"south": 300})
-    tally.checkpointed(300)
+    tally.heard("south", 2, rounds(2, 150, 300), {})
+    tally.checkpointed(300, ["north", "south"])
     assert [(seat.life, sorted(seat.closed)) for seat in tally._seats["south"]] == [(2, [299])]
 
 
+def folder_of(root: Path, *seats: tuple[str, int, int]) -> RunFolder:
+    folder = RunFolder.create(points_job(root), "points-1")
+    for region, life, round in seats:
+        folder.event("seated", region=region, round=round, life=life, cursor=AT_0 if round == 0 else AT_129)
+    return folder
+
+
+def says(folder: RunFolder, life: int, *held: int) -> None:
+    """North, of what it holds of south."""
+    for first in held:
+        record = {"life": life, "round": first - 1, "epoch": 0, "done": 2, "steps": 2, "samples": 20, "settled": {"south": first}}
+        folder.round({"region": "north", **record})
+
+
 def test_a_resume_takes_the_seat_of_the_checkpoint_and_not_a_later_one(tmp_path: Path) -> None:
-    folder = RunFolder.create(points_job(tmp_path), "points-1")
-    folder.event("seated", region="south", round=0, life=1, cursor=AT_0)
-    folder.event("seated", region="south", round=129, life=2, cursor=AT_129)
+    folder = folder_of(tmp_path, ("north", 9, 0), ("south", 1, 0), ("south", 2, 129))
     for record in [*rounds(1, 0, 131), *rounds(2, 129, 140)]:
         folder.round(record)
-    for r in (99, 140):
-        folder.round({"region": "north", "life": 3, "round": r, "epoch": 0, "done": 2, "samples": 20, "settled": {"south": r + 1}})
+    says(folder, 9, 100, 141)
     folder.flush()
     assert Tally.of(folder, 100).place("south") == Place(AT_0, 100, (9, 20))
     assert Tally.of(folder, 141).place("south") == Place(AT_129, 140, (13, 20))
+
+
+def test_a_resume_knows_what_was_void_already(tmp_path: Path) -> None:
+    """All went back to 100; south did not come back, and north made a checkpoint at 150 alone."""
+    folder = folder_of(tmp_path, ("north", 8, 0), ("south", 1, 0))
+    folder.event("segment", round=100, hashes={"north": "", "south": ""})
+    folder.event("rolled_back", round=100)
+    folder.event("seated", region="north", round=100, life=9, cursor=AT_129)
+    folder.event("segment", round=150, hashes={"north": ""})
+    for record in rounds(1, 0, 140):
+        folder.round(record)
+    says(folder, 8, 140)
+    folder.flush()
+    assert Tally.of(folder, 150).place("south") == Place(AT_0, 100, (9, 20))
