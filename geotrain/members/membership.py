@@ -40,7 +40,7 @@ AGAIN_S = 1.0
 """Between two attempts to bring a region back."""
 
 SETTLED_S = 2.0
-"""How long the others get to tell what they hold of a region that is lost."""
+"""How long the others get to tell what they hold of a region that is lost, beside an inner step."""
 
 AWAY = (ClusterError, CheckpointUnreadable, CannotListen)
 """What a region may come back from; a port may still be held by the process that was lost."""
@@ -203,8 +203,8 @@ class Membership:
 
     def checkpointed(self) -> None:
         """The run goes back no further than to the last checkpoint."""
-        if (last := self.manifest) is not None:
-            self.tally.checkpointed(last.round, [part.region for part in last.parts if part.round == last.round])
+        if self.manifest is not None:
+            self.tally.checkpointed(self.manifest.round)
 
     def close(self) -> None:
         """Nobody is told to end any more: the run ends, or all take their seats anew."""
@@ -253,6 +253,7 @@ class Membership:
             self._tell(view)
             if not view.regions:
                 self.commits.settle(lambda: None)  # all that is still to come is the manifest
+                self.checkpointed()
                 self._ready.clear()
                 back_to = self.rolled_back(self.manifest)
                 self._made_up.clear()
@@ -265,9 +266,9 @@ class Membership:
                 self.control.turn.set()  # the segment ends early, with a checkpoint
         self.partitions[region].abandon()
 
-    def _make_up(self, region: str) -> None:
+    def _make_up(self, region: str, until: float = math.inf) -> None:
         if (since := self._lost_since.pop(region, None)) is not None:
-            self._made_up[region] = self._made_up.get(region, 0) + self.tally.samples_held(region, since)
+            self._made_up[region] = self._made_up.get(region, 0) + self.tally.samples_held(region, since, until)
 
     def rows_made_up(self) -> dict[str, int]:
         """Region -> rows of seats that were lost in this segment, in rounds that the others hold; each is told once."""
@@ -390,7 +391,7 @@ class Membership:
                     if not alone:
                         self._ready[region] = taken, place
                     return False
-                self._make_up(region)
+                self._make_up(region, taken.round)
                 self.links.came(region, taken.wan)
                 if not alone:
                     self._behind.add(region)
@@ -403,7 +404,7 @@ class Membership:
 
     def _hear_what_is_held(self, region: str) -> None:
         """Wait, not for long, until the others have told something in a view without it: they take nothing more of its rounds then."""
-        lost_in, until = self._lost_in.get(region, -1), time.monotonic() + SETTLED_S
+        lost_in, until = self._lost_in.get(region, -1), time.monotonic() + SETTLED_S + max(map(self.plan.step_s, self.present))
         while time.monotonic() < until:
             others = [other for other in self.present if other not in self._behind]
             if all(self._told_in.get(other, -1) >= lost_in for other in others):

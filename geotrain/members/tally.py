@@ -2,6 +2,7 @@
 goes on with the first row that nobody has learned from, and after a checkpoint to which all went back, with the first row after that.
 """
 
+import math
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,8 +34,12 @@ class Tally:
         """Regions that have not lost their last seat."""
         self._claims: dict[str, dict[str, int]] = {}
         """Region that is in -> other -> the first of its rounds that the one does not hold, as the one said."""
+        self._healed: set[str] = set()
+        """Regions whose claims begin with those of the one that brought them up to date."""
         self._stored: dict[str, int] = {}
         """Region -> the first of its rounds that the last checkpoint does not hold."""
+        self._to_be_stored: dict[int, dict[str, int]] = {}
+        """The same of checkpoints that are not committed yet, by their round."""
         self._lock = threading.Lock()
 
     def seated(self, region: str, life: int, cursor: dict[str, Any], round: int) -> None:
@@ -42,13 +47,17 @@ class Tally:
         with self._lock:
             self._seats.setdefault(region, []).append(_Seat(life, cursor, round))
             self._in.add(region)
-            self._claims.pop(region, None)
+            self._forget(region)
 
     def lost(self, region: str) -> None:
         """What it holds is gone with it."""
         with self._lock:
             self._in.discard(region)
-            self._claims.pop(region, None)
+            self._forget(region)
+
+    def _forget(self, region: str) -> None:
+        self._claims.pop(region, None)
+        self._healed.discard(region)
 
     def is_in(self, region: str, life: int) -> bool:
         """Whether that is the life of a region's seat, which it has not lost."""
@@ -77,11 +86,12 @@ class Tally:
             if region in self._in:
                 held = {**self._claims.get(by, {}), by: round}
                 self._claims[region] = {other: min(first, round) for other, first in held.items() if other != region}
+                self._healed.add(region)
 
     def came_in(self, region: str) -> None:
         """It trains: where it was not healed it took part in a merge of all, and holds what the others do."""
         with self._lock:
-            if region in self._in and region not in self._claims:
+            if region in self._in and region not in self._healed:
                 others = {other for claims in self._claims.values() for other in claims}
                 self._claims[region] = {other: self._held(other) for other in others if other != region}
 
@@ -104,11 +114,11 @@ class Tally:
         with self._lock:
             return max((max(seats[-1].closed) + 1 for seats in self._seats.values() if seats[-1].closed), default=0)
 
-    def samples_held(self, region: str, since: int) -> int:
-        """Rows of its last seat, from a round on, that another region holds."""
+    def samples_held(self, region: str, since: int, until: float = math.inf) -> int:
+        """Rows of its last seat, from a round on and before another, that another region holds."""
         with self._lock:
-            seats, held = self._seats.get(region), self._held(region)
-            return sum(rows for round, (_, _, rows) in seats[-1].closed.items() if since <= round < held) if seats else 0
+            seats, end = self._seats.get(region), min(until, self._held(region))
+            return sum(rows for round, (_, _, rows) in seats[-1].closed.items() if since <= round < end) if seats else 0
 
     def back_to(self, round: int) -> None:
         """The run goes on from the last checkpoint: what came later is void, and so are seats that were taken later."""
@@ -119,10 +129,20 @@ class Tally:
                 for seat in seats:
                     seat.closed = {closed: what for closed, what in seat.closed.items() if closed < round}
 
-    def checkpointed(self, round: int, regions: Collection[str]) -> None:
-        """A checkpoint was made before that round, with these regions: the run goes back no further."""
+    def checkpoints(self, round: int, regions: Collection[str]) -> dict[str, int]:
+        """A checkpoint is being made before that round, of these regions; of each other one the first of its rounds that is not in it."""
         with self._lock:
-            self._stored = {region: min(round, self._held(region)) for region in self._seats} | dict.fromkeys(regions, round)
+            away = {region: min(round, self._held(region)) for region in self._seats.keys() - set(regions)}
+            self._to_be_stored[round] = away | dict.fromkeys(regions, round)
+            return away
+
+    def checkpointed(self, round: int) -> None:
+        """It is committed: the run goes back no further."""
+        with self._lock:
+            if round not in self._to_be_stored:
+                return
+            self._stored = self._to_be_stored[round]
+            self._to_be_stored = {later: firsts for later, firsts in self._to_be_stored.items() if later > round}
             for region, seats in self._seats.items():
                 del seats[: _at(seats, round)]
                 for seat in seats:
@@ -136,7 +156,9 @@ class Tally:
         tally = cls()
         tally._stored = held
         for region, lives in seats.items():
-            for life, seating in sorted(lives.items()):
+            for number, (life, seating) in enumerate(sorted(lives.items())):
+                if number and seating.until < seating.round:
+                    continue  # it was void already
                 closed = {made.round: (made.epoch, made.done, made.samples) for made in seating.rounds if made.round < seating.until}
                 tally._seats.setdefault(region, []).append(_Seat(life, seating.cursor, seating.round, closed))
         tally.back_to(round)

@@ -130,10 +130,14 @@ class Plan:
         """The segment that a round is in."""
         return round // self.segment_rounds + 1
 
+    def step_s(self, name: str) -> float:
+        """How long an inner step of a region is to take."""
+        region = self.region(name)
+        return region.rows / region.steps_per_epoch / region.samples_per_s
+
     def hangs_after_s(self, name: str) -> float:
         """How long a region's leader may give no sign of an inner step, or of what it waits for [ours]."""
-        region = self.region(name)
-        return LEAST_HANG_S + HANG_FACTOR * region.rows / region.steps_per_epoch / region.samples_per_s
+        return LEAST_HANG_S + HANG_FACTOR * self.step_s(name)
 
     @property
     def stands_still_after_s(self) -> float:

@@ -116,22 +116,27 @@ def seats_of(folder: RunFolder, back_to: float = math.inf) -> tuple[dict[str, di
     """
     seats: dict[str, dict[int, Seating]] = {}
     held: dict[str, int] = {}
+    absent: dict[str, int] = {}
+    """The same of regions that were away when a checkpoint was made, and are still: it is known of them for good."""
     away: set[str] = set()
 
     def go_back(round: float) -> None:
         for seat in [seat for lives in seats.values() for seat in lives.values()]:
             seat.until = min(seat.until, round)
-        held.update({region: int(min(before, round)) for region, before in held.items()})
+        for firsts in (held, absent):
+            firsts.update({region: int(min(before, round)) for region, before in firsts.items()})
 
     for event in folder.lines("events.jsonl"):
         match event["event"]:
             case "seated":
                 seats.setdefault(event["region"], {})[event["life"]] = Seating(event["cursor"], event["round"])
                 away.discard(event["region"])
+                absent.pop(event["region"], None)
             case "lost":
                 away.add(event["region"])
             case "segment":  # at whose end all had the same, themselves among them
                 held |= dict.fromkeys(event.get("hashes", ()), event["round"])
+                absent |= event.get("held_of_absent", {})
             case "rolled_back" | "resumed":
                 go_back(event["round"])
             case "bad_checkpoint" if event.get("back_to") is not None:
@@ -145,6 +150,7 @@ def seats_of(folder: RunFolder, back_to: float = math.inf) -> tuple[dict[str, di
         for other, first in record.get("settled", {}).items():
             if other != record["region"]:
                 held[other] = max(held.get(other, 0), int(min(first, seat.until)))
+    held |= absent
     for region in away & seats.keys():  # what only it had went with it
         last = seats[region][max(seats[region])]
         last.until = min(last.until, held.get(region, 0))

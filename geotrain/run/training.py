@@ -116,8 +116,9 @@ class Training(Seating):
             totals={region: dict(sums) for region, sums in self.accounts.totals.items()},  # as they are now: it is written later
             parts=tuple(self.membership.parts_of_absent({part.region for part in done})),
         )
+        absent = self.membership.tally.checkpoints(self.round, [part.region for part in done])
         self.commits.begin(manifest, {part.region: (part.life, part.staging) for part in done}, self._check_parts)
-        facts = {"metrics": self.metrics, "hashes": hashes, "samples": manifest.samples}
+        facts = {"metrics": self.metrics, "hashes": hashes, "samples": manifest.samples, "held_of_absent": absent}
         self.folder.event("segment", segment=segment, round=self.round, stall_s=max(part.stall_s for part in done), **facts)
         self.folder.flush(must=False)
         self._ticket += 1

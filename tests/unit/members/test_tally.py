@@ -45,7 +45,8 @@ def test_what_a_region_holds_goes_with_it_unless_it_is_in_the_checkpoint_or_was_
     tally.seated("west", 5, AT_0, 0)
     tally.heard("south", 1, rounds(1, 0, 131), {})
     tally.heard("north", 9, [], {"south": 100})
-    tally.checkpointed(100, ["north", "west", "south"])
+    tally.checkpoints(100, ["north", "west", "south"])
+    tally.checkpointed(100)
     tally.heard("north", 9, [], {"south": 129})
     tally.lost("west")
     tally.seated("west", 6, AT_0, 100)
@@ -64,16 +65,31 @@ def test_who_comes_in_by_a_merge_of_all_holds_what_the_others_do() -> None:
     tally.heard("south", 1, rounds(1, 0, 131), {})
     tally.heard("north", 9, [], {"south": 129})
     tally.seated("west", 5, AT_0, 0)
+    tally.heard("west", 5, [], {})
     tally.came_in("west")
     tally.lost("north")
     assert tally.place("south") == Place(AT_0, 129, (12, 18))
+
+
+def test_a_checkpoint_holds_what_was_held_when_it_was_begun(tmp_path: Path) -> None:
+    """It is committed once all that told of it are lost."""
+    tally = a_run()
+    tally.heard("south", 1, rounds(1, 0, 60), {})
+    tally.heard("north", 9, [], {"south": 50})
+    tally.lost("south")
+    assert tally.checkpoints(100, ["north"]) == {"south": 50}
+    tally.lost("north")
+    tally.checkpointed(100)
+    tally.back_to(100)
+    assert tally.place("south") == Place(AT_0, 50, (4, 20))
 
 
 def test_after_going_back_a_region_that_took_a_seat_since_begins_where_the_others_do() -> None:
     tally = a_run()
     tally.heard("south", 1, rounds(1, 0, 100), {})
     tally.heard("north", 9, [], {"south": 100})
-    tally.checkpointed(100, ["north", "south"])
+    tally.checkpoints(100, ["north", "south"])
+    tally.checkpointed(100)
     tally.heard("south", 1, rounds(1, 100, 131), {})
     tally.heard("north", 9, [], {"south": 129})
     tally.seated("south", 2, AT_129, 129)
@@ -89,7 +105,8 @@ def test_after_going_back_a_region_that_took_a_seat_since_begins_where_the_other
 def test_however_long_a_segment_is_it_is_known_where_it_began() -> None:
     tally = a_run()
     tally.heard("south", 1, rounds(1, 0, 5000), {})
-    tally.checkpointed(5000, ["north", "south"])
+    tally.checkpoints(5000, ["north", "south"])
+    tally.checkpointed(5000)
     tally.heard("south", 1, rounds(1, 5000, 9900), {})
     tally.heard("north", 9, [], {"south": 9900})
     tally.back_to(5000)
@@ -101,10 +118,12 @@ def test_what_the_run_does_not_go_back_to_is_forgotten() -> None:
     tally.heard("south", 1, rounds(1, 0, 300), {})
     tally.heard("north", 9, [], {"south": 150})
     tally.seated("south", 2, AT_129, 150)
-    tally.checkpointed(200, ["north"])
+    assert tally.checkpoints(200, ["north"]) == {"south": 150}
+    tally.checkpointed(200)
     assert [(seat.life, min(seat.closed, default=None)) for seat in tally._seats["south"]] == [(2, None)]
     tally.heard("south", 2, rounds(2, 150, 300), {})
-    tally.checkpointed(300, ["north", "south"])
+    assert tally.checkpoints(300, ["north", "south"]) == {}
+    tally.checkpointed(300)
     assert [(seat.life, sorted(seat.closed)) for seat in tally._seats["south"]] == [(2, [299])]
 
 
@@ -133,8 +152,8 @@ def test_a_resume_takes_the_seat_of_the_checkpoint_and_not_a_later_one(tmp_path:
 
 
 def test_a_resume_knows_what_was_void_already(tmp_path: Path) -> None:
-    """All went back to 100; south did not come back, and north made a checkpoint at 150 alone."""
-    folder = folder_of(tmp_path, ("north", 8, 0), ("south", 1, 0))
+    """All went back to 100; south, which had come back at 129, did not again, and north made a checkpoint at 150 alone."""
+    folder = folder_of(tmp_path, ("north", 8, 0), ("south", 1, 0), ("south", 2, 129))
     folder.event("segment", round=100, hashes={"north": "", "south": ""})
     folder.event("rolled_back", round=100)
     folder.event("seated", region="north", round=100, life=9, cursor=AT_129)

@@ -61,3 +61,18 @@ def test_a_region_without_another_seat_counts_up_to_where_the_run_went_back(fold
     folder.event(**event)
     folder.event("left", region="south")
     assert counted(folder) == {"south": 10}
+
+
+def test_what_a_checkpoint_says_of_a_region_that_is_away_is_final(folder: RunFolder) -> None:
+    """Its last merge was told in no round, or by one that was lost with it."""
+    for region in ("north", "south"):
+        seated(folder, region, 1, 0)
+        made(folder, region, 1, range(20), **({"south": 17} if region == "north" else {}))
+    folder.event("lost", region="south", message="killed")
+    folder.event("segment", round=20, hashes={"north": "a"}, held_of_absent={"south": 18})
+    assert counted(folder) == {"north": 20, "south": 18}
+    seated(folder, "south", 2, 18)
+    made(folder, "south", 2, range(20, 25))
+    folder.event("lost", region="south", message="killed again")
+    made(folder, "north", 1, range(20, 25), south=22)
+    assert counted(folder) == {"north": 25, "south": 20}
