@@ -77,14 +77,6 @@ class Membership:
         """The checkpoint to which the run went back for that."""
         self.for_good = False
         """It stood still once more before another was made."""
-        self._lost_since: dict[str, int] = {}
-        """Regions of which a seat was lost, and the round at which that segment began: their rows in rounds that the others hold are to
-        be counted still."""
-        self._lost_in: dict[str, int] = {}
-        """Region -> epoch of the first view without it."""
-        self._told_in: dict[str, float] = {}
-        """Region -> epoch of the view in which its leader told something last; infinite once its segment was over."""
-        self._made_up: dict[str, int] = {}
         self._first: SeatTaken | None = None
         """Whose model all others must have."""
         self._belong = set(view.regions)
@@ -177,7 +169,7 @@ class Membership:
         if not is_in:
             return  # a process that was given up
         if "epoch" in message:
-            self._told_in[region] = math.inf if message["closing"] else message["epoch"]
+            self.tally.told(region, math.inf if message["closing"] else message["epoch"])
         if "silent" in message:
             self.links.heard(region, message["silent"])
         if "waits_for" in message:
@@ -229,16 +221,13 @@ class Membership:
         self.board.status(region, "lost")
         self.commits.lost(region)
         self.checkpointed()
-        self.tally.lost(region)
         self._in_segment.discard(region)
         with self._lock:
             before = self.present
             view = self.roster.lose(region)
-            self._lost_in[region] = view.epoch
-            self._told_in.pop(region, None)
+            self.tally.lost(region, view.epoch, round)
             self.links.left(region, before, cut_off=isinstance(error, PeerUnreachable))
             self._behind.discard(region)
-            self._lost_since.setdefault(region, round)
             self.folder.event("lost", region=region, message=error.message)
             if set(view.regions) <= self._behind:  # nobody is left who could bring them up to date
                 for other in view.regions:
@@ -248,34 +237,19 @@ class Membership:
                     self.folder.event("lost", region=other, message=f"{region} was to bring it up to date")
                     self.partitions[other].tell_abort()
                     self.commits.lost(other)
-                    self.tally.lost(other)
                     view = self.roster.lose(other)
+                    self.tally.lost(other, view.epoch, round)
             self._tell(view)
             if not view.regions:
                 self.commits.settle(lambda: None)  # all that is still to come is the manifest
                 self.checkpointed()
                 self._ready.clear()
                 back_to = self.rolled_back(self.manifest)
-                self._made_up.clear()
-                self._lost_in.clear()
-                self._told_in.clear()
                 self.tally.back_to(back_to)
-                self._lost_since = dict.fromkeys(self._lost_since, back_to)
                 self.folder.event("rolled_back", round=back_to, why="no region was left that holds what came later")
             elif not self.roster.enough:
                 self.control.turn.set()  # the segment ends early, with a checkpoint
         self.partitions[region].abandon()
-
-    def _make_up(self, region: str, until: float = math.inf) -> None:
-        if (since := self._lost_since.pop(region, None)) is not None:
-            self._made_up[region] = self._made_up.get(region, 0) + self.tally.samples_held(region, since, until)
-
-    def rows_made_up(self) -> dict[str, int]:
-        """Region -> rows of seats that were lost in this segment, in rounds that the others hold; each is told once."""
-        for region in list(self._lost_since):
-            self._make_up(region)
-        told, self._made_up = self._made_up, {}
-        return told
 
     def part_with(self, region: str) -> None:
         """It leaves for good, between two segments."""
@@ -283,7 +257,6 @@ class Membership:
             self._belong.discard(region)
             self.roster.quorum = self.job.quorum_of(len(self._belong))
             view = self.roster.lose(region)
-            self.tally.lost(region)
             self.links.forget(region)
             self._tell(view)
 
@@ -391,7 +364,6 @@ class Membership:
                     if not alone:
                         self._ready[region] = taken, place
                     return False
-                self._make_up(region, taken.round)
                 self.links.came(region, taken.wan)
                 if not alone:
                     self._behind.add(region)
@@ -404,10 +376,9 @@ class Membership:
 
     def _hear_what_is_held(self, region: str) -> None:
         """Wait, not for long, until the others have told something in a view without it: they take nothing more of its rounds then."""
-        lost_in, until = self._lost_in.get(region, -1), time.monotonic() + SETTLED_S + max(map(self.plan.step_s, self.present))
+        until = time.monotonic() + SETTLED_S + max(map(self.plan.step_s, self.present), default=0.0)
         while time.monotonic() < until:
-            others = [other for other in self.present if other not in self._behind]
-            if all(self._told_in.get(other, -1) >= lost_in for other in others):
+            if self.tally.is_settled(region, [other for other in self.present if other not in self._behind]):
                 return
             time.sleep(POLL_S)
 

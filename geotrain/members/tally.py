@@ -32,6 +32,15 @@ class Tally:
         """Of each region, the oldest first: those that the run may go back to."""
         self._in: set[str] = set()
         """Regions that have not lost their last seat."""
+        self._lost_since: dict[str, int] = {}
+        """Regions of which a seat was lost, and the round at which that segment began: their rows in rounds that the others hold are to
+        be counted still."""
+        self._made_up: dict[str, int] = {}
+        """Region -> such rows."""
+        self._lost_in: dict[str, int] = {}
+        """Region -> epoch of the first view without it."""
+        self._told_in: dict[str, float] = {}
+        """Region that is in -> epoch of the view in which its leader told something last; infinite once its segment was over."""
         self._claims: dict[str, dict[str, int]] = {}
         """Region that is in -> other -> the first of its rounds that the one does not hold, as the one said."""
         self._healed: set[str] = set()
@@ -45,19 +54,33 @@ class Tally:
     def seated(self, region: str, life: int, cursor: dict[str, Any], round: int) -> None:
         """It begins there."""
         with self._lock:
+            self._make_up(region, round)
             self._seats.setdefault(region, []).append(_Seat(life, cursor, round))
             self._in.add(region)
             self._forget(region)
 
-    def lost(self, region: str) -> None:
-        """What it holds is gone with it."""
+    def lost(self, region: str, epoch: int, since: int) -> None:
+        """What it holds is gone with it. `epoch`: of the first view without it; `since`: the round at which the segment began."""
         with self._lock:
             self._in.discard(region)
             self._forget(region)
+            self._lost_in[region] = epoch
+            self._lost_since.setdefault(region, since)
 
     def _forget(self, region: str) -> None:
         self._claims.pop(region, None)
+        self._told_in.pop(region, None)
         self._healed.discard(region)
+
+    def told(self, region: str, epoch: float) -> None:
+        """It told something in the view of that epoch."""
+        with self._lock:
+            self._told_in[region] = epoch
+
+    def is_settled(self, region: str, others: Collection[str]) -> bool:
+        """Whether these have told something since they have heard that it is lost: nothing more of its rounds is taken then."""
+        with self._lock:
+            return all(self._told_in.get(other, -1) >= self._lost_in.get(region, -1) for other in others)
 
     def is_in(self, region: str, life: int) -> bool:
         """Whether that is the life of a region's seat, which it has not lost."""
@@ -114,16 +137,28 @@ class Tally:
         with self._lock:
             return max((max(seats[-1].closed) + 1 for seats in self._seats.values() if seats[-1].closed), default=0)
 
-    def samples_held(self, region: str, since: int, until: float = math.inf) -> int:
-        """Rows of its last seat, from a round on and before another, that another region holds."""
+    def rows_made_up(self) -> dict[str, int]:
+        """Region -> rows of seats that were lost in this segment, in rounds that the others hold; each is told once."""
         with self._lock:
-            seats, end = self._seats.get(region), min(until, self._held(region))
-            return sum(rows for round, (_, _, rows) in seats[-1].closed.items() if since <= round < end) if seats else 0
+            for region in list(self._lost_since):
+                self._make_up(region)
+            told, self._made_up = self._made_up, {}
+            return told
+
+    def _make_up(self, region: str, until: float = math.inf) -> None:
+        """`until`: the first round of the region's next seat."""
+        since, seats = self._lost_since.pop(region, math.inf), self._seats.get(region, ())
+        end = min(until, self._held(region))
+        rows = sum(rows for seat in seats[-1:] for round, (_, _, rows) in seat.closed.items() if since <= round < end)
+        self._made_up[region] = self._made_up.get(region, 0) + rows
 
     def back_to(self, round: int) -> None:
         """The run goes on from the last checkpoint: what came later is void, and so are seats that were taken later."""
         with self._lock:
             self._claims.clear()
+            self._made_up.clear()
+            self._lost_in.clear()
+            self._lost_since = dict.fromkeys(self._lost_since, round)
             for seats in self._seats.values():
                 del seats[_at(seats, round) + 1 :]
                 for seat in seats:

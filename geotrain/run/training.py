@@ -101,7 +101,7 @@ class Training(Seating):
         self.membership.checkpointed()
         for part in done:
             self.accounts.segment(part)
-        for region, samples in self.membership.rows_made_up().items():
+        for region, samples in self.membership.tally.rows_made_up().items():
             self.accounts.rows(region, samples)
         self.metrics = means(add_sums([part.metrics for part in sorted(done, key=lambda part: part.region)]))
         self.board.metrics = self.metrics

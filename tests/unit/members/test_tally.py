@@ -36,8 +36,35 @@ def test_a_region_goes_on_with_the_first_round_that_nobody_holds() -> None:
     assert tally.place("south") == Place(AT_0, 0), "its own word does not count"
     tally.heard("north", 9, [], {"south": 129})
     assert tally.place("south") == Place(AT_0, 129, (12, 18))
-    assert tally.samples_held("south", 100) == 29 * 20
     assert tally.newest() == 131
+
+
+def test_rows_of_a_lost_seat_count_as_far_as_others_hold_them_and_once() -> None:
+    tally = a_run()
+    tally.heard("south", 1, rounds(1, 0, 131), {})
+    tally.heard("north", 9, [], {"south": 129})
+    assert not any(tally.rows_made_up().values())
+    tally.lost("south", epoch=1, since=100)
+    assert tally.rows_made_up() == {"south": 29 * 20}
+    tally.lost("south", epoch=1, since=100)
+    tally.seated("south", 2, AT_129, 120)
+    assert tally.rows_made_up()["south"] == 20 * 20, "the next seat takes the others again"
+    assert not any(tally.rows_made_up().values())
+
+
+def test_it_is_settled_what_others_hold_once_they_told_something_in_a_view_without_the_region() -> None:
+    tally = a_run()
+    tally.told("north", 4)
+    assert tally.is_settled("south", ["north"]), "it never was lost"
+    tally.lost("south", epoch=5, since=0)
+    assert not tally.is_settled("south", ["north"])
+    tally.told("north", 5)
+    assert tally.is_settled("south", ["north"])
+    tally.lost("north", epoch=6, since=0)
+    tally.seated("north", 10, AT_0, 0)
+    assert not tally.is_settled("south", ["north"]), "another process, which may have been given what the first held"
+    tally.told("north", float("inf"))
+    assert tally.is_settled("south", ["north"]), "its segment is over"
 
 
 def test_what_a_region_holds_goes_with_it_unless_it_is_in_the_checkpoint_or_was_given_on() -> None:
@@ -48,14 +75,14 @@ def test_what_a_region_holds_goes_with_it_unless_it_is_in_the_checkpoint_or_was_
     tally.checkpoints(100, ["north", "west", "south"])
     tally.checkpointed(100)
     tally.heard("north", 9, [], {"south": 129})
-    tally.lost("west")
+    tally.lost("west", epoch=1, since=0)
     tally.seated("west", 6, AT_0, 100)
     tally.healed("west", "north", 120)
-    tally.lost("north")
+    tally.lost("north", epoch=1, since=0)
     assert tally.place("south") == Place(AT_0, 120, (11, 20)), "west was given it"
     tally.heard("north", 9, [], {"south": 129})
     assert tally.place("south") == Place(AT_0, 120, (11, 20)), "who is lost holds nothing, whatever it still says"
-    tally.lost("west")
+    tally.lost("west", epoch=1, since=0)
     assert tally.place("south") == Place(AT_0, 100, (9, 20)), "the checkpoint has it"
     assert tally.place("north") == Place(AT_0, 0), "it told of no round"
 
@@ -67,7 +94,7 @@ def test_who_comes_in_by_a_merge_of_all_holds_what_the_others_do() -> None:
     tally.seated("west", 5, AT_0, 0)
     tally.heard("west", 5, [], {})
     tally.came_in("west")
-    tally.lost("north")
+    tally.lost("north", epoch=1, since=0)
     assert tally.place("south") == Place(AT_0, 129, (12, 18))
 
 
@@ -76,9 +103,9 @@ def test_a_checkpoint_holds_what_was_held_when_it_was_begun(tmp_path: Path) -> N
     tally = a_run()
     tally.heard("south", 1, rounds(1, 0, 60), {})
     tally.heard("north", 9, [], {"south": 50})
-    tally.lost("south")
+    tally.lost("south", epoch=1, since=0)
     assert tally.checkpoints(100, ["north"]) == {"south": 50}
-    tally.lost("north")
+    tally.lost("north", epoch=1, since=0)
     tally.checkpointed(100)
     tally.back_to(100)
     assert tally.place("south") == Place(AT_0, 50, (4, 20))
@@ -95,7 +122,7 @@ def test_after_going_back_a_region_that_took_a_seat_since_begins_where_the_other
     tally.seated("south", 2, AT_129, 129)
     assert tally.place("south") == Place(AT_129, 129)
     for region in ("north", "south"):
-        tally.lost(region)
+        tally.lost(region, epoch=1, since=100)
     tally.back_to(100)
     assert tally.place("south") == Place(AT_0, 100, (9, 20))
     tally.heard("south", 2, rounds(2, 129, 140), {})
