@@ -66,7 +66,7 @@ def test_a_region_comes_in_and_one_that_cannot_is_told_why(tmp_path: Path, strat
     ("believed", "margin", "workers"),
     [
         pytest.param((5000.0, 5000.0), 4.0, [1, 2], id="slower"),
-        pytest.param((300.0, 10.0), 12.0, [2, 1], id="faster", marks=pytest.mark.chaos),
+        pytest.param((1000.0, 10.0), 50.0, [2, 1], id="faster", marks=pytest.mark.chaos),
     ],
 )
 def test_a_region_that_is_not_as_fast_as_planned_gets_other_workers(
