@@ -347,11 +347,10 @@ class Membership:
         With nobody else in, it goes on from the last checkpoint, if it was there.
         """
         with self._seating:
+            self._hear_what_is_held(region)
             alone, part = not self.present, self.manifest.part(region) if self.manifest else None
             if alone and self.manifest is not None and (part is None or part.round != self.manifest.round):
                 return False  # another region has what all agreed on
-            if not alone:
-                self._hear_what_is_held(region)
             place = None if alone else self.tally.place(region)
             if alone or (taken := self._seat_ready(region, place)) is None:
                 taken = self._seat_with(part, region, make_order, self.roster.with_(region), not alone, place)
