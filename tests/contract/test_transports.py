@@ -250,6 +250,17 @@ def test_a_peer_that_does_not_take_is_not_sent_more_than_it_has_room_for(kind: s
     b.close()
 
 
+@pytest.mark.parametrize("kind", ["flight", "mailbox"])
+def test_nothing_is_under_way_to_a_peer_that_was_forgotten(kind: str, where: Where) -> None:
+    a, b = KINDS[kind](where)
+    b.close()
+    a.send("b", push(0), payload(1000))
+    assert a.traffic["b"].busy_since is not None
+    a.forget("b")  # type: ignore[attr-defined]
+    assert a.traffic["b"].busy_since is None
+    a.close()
+
+
 # Only what goes over a network can fail like a network.
 
 

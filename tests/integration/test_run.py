@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from geotrain import checkpoint, registry
 from geotrain.charge import ask
 from geotrain.clusters import RegionCluster
-from geotrain.errors import ClusterTooSmall, GeotrainError, JobError, NothingToResume, Stopped
+from geotrain.errors import ClusterTooSmall, Diverged, GeotrainError, JobError, NothingToResume, Stopped
 from geotrain.job import JobSpec
 from geotrain.partition.partition import Partition
 from geotrain.report.folder import RunFolder
@@ -383,6 +383,13 @@ def test_an_interrupt_while_clusters_start_leaves_nothing(tmp_path: Path) -> Non
     with contextlib.suppress(KeyboardInterrupt), run:
         raise KeyboardInterrupt
     assert [event["event"] for event in run.folder.lines("events.jsonl")] == ["created", "stopped"]
+
+
+def test_a_full_merge_that_leaves_regions_with_other_parameters_is_an_error(tmp_path: Path) -> None:
+    run = Run.start(points_job(tmp_path))
+    run.merged({"north": "a" * 64, "south": "a" * 64})
+    with pytest.raises(Diverged, match="the regions hold different parameters: .*'south': 'bbbbbbbbbbbb'"):
+        run.merged({"north": "a" * 64, "south": "b" * 64})
 
 
 def test_errors_of_regions_are_raised_the_first_cause_first(tmp_path: Path) -> None:

@@ -109,3 +109,31 @@ def test_who_was_overtaken_ends_nobodys_workers(tmp_path: Path, cluster: Any) ->
     with pytest.raises(RunTaken):
         partition._restart(["a"])
     assert partition.regroup(3, 0.0) == 3
+
+
+def test_an_order_to_end_is_said_again_until_other_seats_are_taken(partition: Partition, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    class Answer:
+        """That comes once something was said so often."""
+
+        def __init__(self, after: int) -> None:
+            self.after = after
+
+        @property
+        def status(self) -> str:
+            return "pending" if said.count("watched") < self.after else "finished"
+
+        def result(self, timeout: float) -> None: ...
+
+    monkeypatch.setattr("geotrain.partition.partition.WORKERS_CHECK_S", 0.0)
+    monkeypatch.setattr(partition, "_tell", lambda name, *args: said.append(name))
+    monkeypatch.setattr(partition, "_check_workers", lambda *args: None)
+    partition._await([cast(Any, Answer(2))], "training")
+    assert "abort" not in said
+    partition.tell_abort()
+    partition._await([cast(Any, Answer(4))], "training")
+    assert said.count("abort") == 3
+    partition._lives = {8}
+    partition._await([cast(Any, Answer(6))], "training")
+    assert said.count("abort") == 3
