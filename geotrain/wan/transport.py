@@ -5,7 +5,7 @@ import queue
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -39,23 +39,32 @@ class LinkTraffic:
     blocked_s: float = 0.0
     """The part of it in which this region made no inner step; the rest was hidden behind compute."""
     busy_since: float | None = None
+    _counting: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def begin(self, now: float) -> None:
         """There is something to send."""
-        if self.busy_since is None:
-            self.busy_since = now
+        with self._counting:
+            if self.busy_since is None:
+                self.busy_since = now
 
     def end(self, now: float) -> None:
         """All is acknowledged."""
-        self.busy_s, self.busy_since = self.busy(now), None
+        with self._counting:
+            self._count(now)
+            self.busy_since = None
 
     def busy(self, now: float) -> float:
-        return self.busy_s + (now - self.busy_since if self.busy_since is not None else 0.0)
+        """Seconds so far; never less than it said before, though another thread may have looked at the clock earlier and come later."""
+        with self._counting:
+            self._count(now)
+            return self.busy_s
+
+    def _count(self, now: float) -> None:
+        if self.busy_since is not None and now > self.busy_since:
+            self.busy_s, self.busy_since = self.busy_s + now - self.busy_since, now
 
     def to_dict(self) -> dict[str, Any]:
-        facts = asdict(self)
-        del facts["busy_since"]
-        return facts
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("busy_since", "_counting")}
 
 
 @dataclass(frozen=True, slots=True)
