@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from geotrain.job import parse_job
-from geotrain.partition.server import ParameterServer
+from geotrain.partition.server import ParameterServer, RoundRecord
 from geotrain.sync.feedback import Coding, coding_of
 from geotrain.sync.fragments import make_fragments
 from geotrain.sync.machine import outside, round_machine
@@ -30,6 +30,7 @@ from geotrain.sync.messages import (
     MergeAsked,
     Produce,
     Return,
+    RoundMade,
     SegmentBegins,
     Settle,
     StepDone,
@@ -171,6 +172,10 @@ class World:
         self.speed = {name: self.random.uniform(0.05, 1.0) for name in self.names}
         self.first = self.until = 0
         self.closed: dict[str, list[int]] = {name: [] for name in self.names}
+        self.told: dict[str, dict[int, RoundRecord]] = {name: {} for name in self.names}
+        """What each region told of its rounds."""
+        self.held: dict[tuple[str, str], dict[int, set[RoundMade]]] = {}
+        """(region, another) -> what the one was told of each round of the other that it holds."""
         self.made: dict[str, dict[int, int]] = {name: {} for name in self.names}
         """Inner steps of each region, by round."""
         self.applied: list[tuple[str, tuple[Any, ...], int]] = []
@@ -233,7 +238,8 @@ class World:
             mail,
             attend=lambda: None,
             stop_wanted=lambda: False,
-            report=lambda record: self.closed[name].append(record.round),
+            report=lambda record: self._closed(name, record),
+            holds=lambda made: self.held.setdefault((name, made.region), {}).setdefault(made.round, set()).add(made),
             event=lambda what, facts: self.events.append((name, what, facts)),
             clock=lambda: self.now * rate + offset,
         )
@@ -247,6 +253,10 @@ class World:
 
         server._carry_out = watch  # type: ignore[method-assign]
         return node
+
+    def _closed(self, name: str, record: RoundRecord) -> None:
+        self.closed[name].append(record.round)
+        self.told[name][record.round] = record
 
     def _watch(self, node: Node, instruction: Instruction) -> None:
         if self.tell:

@@ -1,15 +1,15 @@
 """Checkpoints that nobody was left to commit: the flow's process died, and the regions ended their segment without it."""
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 
 from geotrain.checkpoint import Manifest, StoredPart, commit, join, read_bytes
 from geotrain.metrics import add_sums, means
 from geotrain.partition.orders import SegmentDone
 from geotrain.report.folder import RunFolder
-from geotrain.report.ledger import samples_counted
+from geotrain.report.ledger import samples_counted, seats_of
 from geotrain.stores import open_url
+from geotrain.sync.messages import RoundMade
 
 
 def commit_late(folder: RunFolder, last: Manifest | None, regions: Sequence[str], *, agree: bool) -> Manifest | None:
@@ -35,11 +35,13 @@ def commit_late(folder: RunFolder, last: Manifest | None, regions: Sequence[str]
         if {part.round for part in done} != {int(name)} or (agree and len({part.sha256 for part in done}) != 1):
             continue
         _make_up_rounds(folder, done)
-        samples = samples_counted(folder, int(name))
+        samples, (_, held) = samples_counted(folder, int(name)), seats_of(folder, int(name))
         newest = _manifest(folder.run, newest, done, samples, [StoredPart(**note["part"]) for note in told.values()])
         commit(folder.url, newest)
         hashes = {part.region: part.sha256[:12] for part in done}
-        folder.event("segment", segment=newest.segment, round=newest.round, metrics=newest.metrics, hashes=hashes, late=True)
+        absent = {region: first for region, first in held.items() if region not in told}
+        facts = {"metrics": newest.metrics, "hashes": hashes, "held_of_absent": absent}
+        folder.event("segment", segment=newest.segment, round=newest.round, late=True, **facts)
     return newest if newest is not last else None
 
 
@@ -60,10 +62,9 @@ def _make_up_rounds(folder: RunFolder, done: Sequence[SegmentDone]) -> None:
     """Put into rounds.jsonl what nobody was left to put there."""
     there = {(record["region"], record["life"], record["round"]) for record in folder.lines("rounds.jsonl")}
     for part in done:
-        for round, epoch, made, steps, samples in part.closed:
-            if (part.region, part.life, round) not in there:
-                where = {"region": part.region, "life": part.life, "round": round, "epoch": epoch, "done": made, "steps": steps}
-                folder.round({**where, "at": time.time(), "samples": samples, "loss": None, "held_s": 0.0, "compute_s": None, "links": {}})
+        for made in (RoundMade(part.region, part.life, *closed) for closed in part.closed):
+            if (made.region, made.life, made.round) not in there:
+                folder.round_by_others(made)
     folder.flush()
 
 

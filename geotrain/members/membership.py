@@ -165,7 +165,8 @@ class Membership:
         if is_in and rounds and region in self._behind:
             self._behind.discard(region)
             self.tally.came_in(region)
-        self.tally.heard(region, message["life"], rounds, message.get("settled", {}))
+        self.tally.heard(region, message["life"], rounds, message.get("settled", {}), message.get("held", ()))
+        self._write_told_by_others()
         if not is_in:
             return  # a process that was given up
         if "epoch" in message:
@@ -228,17 +229,17 @@ class Membership:
             self.tally.lost(region, view.epoch, round)
             self.links.left(region, before, cut_off=isinstance(error, PeerUnreachable))
             self._behind.discard(region)
-            self.folder.event("lost", region=region, message=error.message)
+            self._write_lost(region, error.message)
             if set(view.regions) <= self._behind:  # nobody is left who could bring them up to date
                 for other in view.regions:
                     self._behind.discard(other)
                     self._in_segment.discard(other)
                     self.links.forget(other)
-                    self.folder.event("lost", region=other, message=f"{region} was to bring it up to date")
                     self.partitions[other].tell_abort()
                     self.commits.lost(other)
                     view = self.roster.lose(other)
                     self.tally.lost(other, view.epoch, round)
+                    self._write_lost(other, f"{region} was to bring it up to date")
             self._tell(view)
             if not view.regions:
                 self.commits.settle(lambda: None)  # all that is still to come is the manifest
@@ -250,6 +251,15 @@ class Membership:
             elif not self.roster.enough:
                 self.control.turn.set()  # the segment ends early, with a checkpoint
         self.partitions[region].abandon()
+
+    def _write_lost(self, region: str, why: str) -> None:
+        self.folder.event("lost", region=region, message=why, held_of_absent=self.tally.held_of_absent())
+        self._write_told_by_others()
+
+    def _write_told_by_others(self) -> None:
+        """Rounds that a leader made and was lost before it told of them are written down by the word of those who hold them."""
+        for made in self.tally.told_by_others():
+            self.folder.round_by_others(made)
 
     def part_with(self, region: str) -> None:
         """It leaves for good, between two segments."""

@@ -11,6 +11,7 @@ from typing import Any
 from geotrain.partition.orders import Place
 from geotrain.report.folder import RunFolder
 from geotrain.report.ledger import seats_of
+from geotrain.sync.messages import RoundMade
 
 
 @dataclass(slots=True)
@@ -22,6 +23,8 @@ class _Seat:
     """Its first."""
     closed: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     """Round -> (epoch, inner steps made of it after the round, rows of the round)."""
+    by_others: dict[int, RoundMade] = field(default_factory=dict)
+    """Those of which only regions told that hold them."""
 
 
 class Tally:
@@ -90,18 +93,41 @@ class Tally:
     def _is_in(self, region: str, life: int) -> bool:
         return region in self._in and self._seats[region][-1].life == life
 
-    def heard(self, region: str, life: int, rounds: Sequence[Mapping[str, Any]], settled: Mapping[str, int]) -> None:
+    def heard(
+        self,
+        region: str,
+        life: int,
+        rounds: Sequence[Mapping[str, Any]],
+        settled: Mapping[str, int],
+        held: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
         """What a leader told. Of its own rounds only the others' word counts: theirs is what it will be given. One that is lost by now may
-        still say what it did, and holds nothing.
+        still say what it did, and holds nothing. `held`: RoundMade of others, as it told.
         """
         with self._lock:
-            seats = {seat.life: seat for seat in self._seats.get(region, ())}
             for record in rounds:
-                if (seat := seats.get(record["life"])) is not None:
+                if (seat := self._seat(region, record["life"])) is not None:
                     seat.closed[record["round"]] = record["epoch"], record["done"], record["samples"]
+                    seat.by_others.pop(record["round"], None)
+            for made in [RoundMade(**facts) for facts in held]:
+                if (seat := self._seat(made.region, made.life)) is not None and made.round not in seat.closed:
+                    seat.closed[made.round] = made.epoch, made.done, made.samples
+                    seat.by_others[made.round] = made
             if self._is_in(region, life):
                 claims = self._claims.setdefault(region, {})
                 claims.update({other: max(first, claims.get(other, 0)) for other, first in settled.items() if other != region})
+
+    def _seat(self, region: str, life: int) -> _Seat | None:
+        return next((seat for seat in self._seats.get(region, ()) if seat.life == life), None)
+
+    def told_by_others(self) -> list[RoundMade]:
+        """Rounds of seats that were lost before they told of them, which others hold; each once."""
+        with self._lock:
+            lost = [seat for region, seats in self._seats.items() for seat in seats if not self._is_in(region, seat.life)]
+            found = [made for seat in lost for made in seat.by_others.values()]
+            for seat in lost:
+                seat.by_others.clear()
+            return found
 
     def healed(self, region: str, by: str, round: int) -> None:
         """It holds what another held before a round."""
@@ -167,9 +193,17 @@ class Tally:
     def checkpoints(self, round: int, regions: Collection[str]) -> dict[str, int]:
         """A checkpoint is being made before that round, of these regions; of each other one the first of its rounds that is not in it."""
         with self._lock:
-            away = {region: min(round, self._held(region)) for region in self._seats.keys() - set(regions)}
+            away = {region: min(round, held) for region, held in self._held_of(self._seats.keys() - set(regions)).items()}
             self._to_be_stored[round] = away | dict.fromkeys(regions, round)
             return away
+
+    def held_of_absent(self) -> dict[str, int]:
+        """Region that is lost -> the first of its rounds that is gone with it, as far as the others have told."""
+        with self._lock:
+            return self._held_of(self._seats.keys() - self._in)
+
+    def _held_of(self, regions: Collection[str]) -> dict[str, int]:
+        return {region: self._held(region) for region in sorted(regions)}
 
     def checkpointed(self, round: int) -> None:
         """It is committed: the run goes back no further."""
@@ -183,6 +217,7 @@ class Tally:
                 for seat in seats:
                     last = _last_before(seat, self._stored.get(region, 0))
                     seat.closed = {closed: what for closed, what in seat.closed.items() if last is None or closed >= last}
+                    seat.by_others = {closed: made for closed, made in seat.by_others.items() if closed in seat.closed}
 
     @classmethod
     def of(cls, folder: RunFolder, round: int) -> "Tally":

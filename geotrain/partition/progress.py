@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from distributed import get_worker
@@ -9,6 +10,7 @@ from distributed import get_worker
 from geotrain.partition.endpoint import Endpoint
 from geotrain.partition.orders import topic
 from geotrain.partition.server import RoundRecord
+from geotrain.sync.messages import RoundMade
 
 EVERY_S = 0.5
 ROUND_EVERY_S = 0.1
@@ -31,12 +33,17 @@ class Reporter:
         self._waits = False
         """As it was told."""
         self._rounds: list[dict[str, Any]] = []
+        self._held: list[dict[str, Any]] = []
         self._sent_at = 0.0
 
     def round(self, record: RoundRecord) -> None:
         self._rounds.append({**record.to_dict(), "life": self.life})
         if time.monotonic() - self._sent_at > ROUND_EVERY_S:
             self.flush()
+
+    def holds(self, made: RoundMade) -> None:
+        """A round of another region is in what this one holds: should the other be lost before it told of it, this one did."""
+        self._held.append(asdict(made))
 
     def tell(self) -> None:
         """Now and then, what there is to tell; at once that a wait is over, since the next step may take long."""
@@ -65,9 +72,9 @@ class Reporter:
             links = {to: link.to_dict() for to, link in list(self.endpoint.transport.traffic.items())} if self._rounds else {}
             silent = {to: round(seconds, 1) for to, seconds in self.endpoint.silent().items()}
             waits_for = None if closing or silent else self.waits_for()
-            words = {"rounds": self._rounds, "links": links, "settled": dict(self.settled), "silent": silent, "closing": closing}
-            self.say({**words, "waits_for": waits_for, "epoch": self.epoch})
+            words = {"rounds": self._rounds, "links": links, "settled": dict(self.settled), "held": self._held}
+            self.say({**words, "silent": silent, "closing": closing, "waits_for": waits_for, "epoch": self.epoch})
             self._waits = waits_for is not None
         else:
             self.say({"rounds": []})  # the leader, which waits for this worker, can say nothing
-        self._rounds, self._sent_at = [], time.monotonic()
+        self._rounds, self._held, self._sent_at = [], [], time.monotonic()

@@ -92,7 +92,7 @@ class Seat:
         order, flat, rows = self.order, self.trainer.flat, self.trainer.rows
         pace = pace_since(order.pace, rows.steps_in) if order.pace else Pace(order.rounds_per_epoch, rows.steps_in)
         view = outside(order.region) if order.joins else order.view
-        at = Progress(order.region, view, pace, round, rows.done(pace.epoch(round)), rows=order.train.rows)
+        at = Progress(order.region, view, pace, round, rows.done(pace.epoch(round)), rows=order.train.rows, life=order.life)
         replica = seat_replica(self.job, flat, self.strategy, order.shares, order.bits)
         adapter = BitsAdapter(self.job, order.region, self.strategy, order.view, order.shares, order.bits, flat.parameters)
         self.server = self.trainer.server = ParameterServer(
@@ -103,6 +103,7 @@ class Seat:
             attend=lambda: None,
             stop_wanted=lambda: self.stop_in == self.now_in or self.lapsed_at is not None,
             report=self._round_made,
+            holds=self.reporter.holds,
             bad_rounds=self.job.elastic.bad_rounds,
             event=self.reporter.event,
             after_round=lambda compute_s: self._adapt(adapter, replica, compute_s),

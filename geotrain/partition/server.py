@@ -31,6 +31,7 @@ from geotrain.sync.messages import (
     Resume,
     Return,
     RoundClosed,
+    RoundMade,
     SegmentBegins,
     SegmentOver,
     Send,
@@ -139,6 +140,8 @@ class ParameterServer:
     totals: Totals = field(default_factory=Totals)
     settled: dict[str, int] = field(default_factory=dict)
     """Region -> the first of its rounds that is not in what this region holds, as far as it was told since the run began."""
+    holds: Callable[[RoundMade], None] = lambda made: None
+    """Told of every round of another region that is in what this one holds from now on."""
     _payloads: dict[tuple[str, int, str, int, int], Tensor] = field(default_factory=dict)
     _wake_at: list[float] = field(default_factory=list)
     _told_wake: list[float] = field(default_factory=list)
@@ -303,8 +306,8 @@ class ParameterServer:
                 with _naming(update):
                     self.replica.apply(update, _verified(update, payload) if update.kind is Kind.AGREED else payload, weight)
                 self._changed = True
-                for region in update.members if update.kind is Kind.MERGED else (update.origin,) if update.kind is Kind.PUSH else ():
-                    self.settled[region] = max(self.settled.get(region, 0), update.round + 1)
+                for made in update.made:
+                    self._settle(made)
             case Return(update, weight):
                 self.replica.take_back(update, self._payloads.pop(update.key), weight)
                 self.event("missed", {"round": update.round, "fragment": update.fragment, "weight_of_the_next": weight})
@@ -323,8 +326,8 @@ class ParameterServer:
                 if copy_of is None or update.key != copy_of.key:
                     self._payloads.pop(update.key, None)
                 self.event("discarded", {"origin": update.origin, "round": update.round, "fragment": update.fragment, "reason": reason})
-            case RoundClosed():
-                self._close_round(instruction)
+            case RoundClosed(made):
+                self._close_round(made)
             case Hold():
                 self._hold()
             case Resume() | SegmentOver():
@@ -333,6 +336,11 @@ class ParameterServer:
                 self._wake_at.append(at)
             case _:
                 assert_never(instruction)
+
+    def _settle(self, made: RoundMade) -> None:
+        self.settled[made.region] = max(self.settled.get(made.region, 0), made.round + 1)
+        if made.region != self.region:
+            self.holds(made)
 
     def _payload(self, update: Update) -> Tensor:
         match update.kind:
@@ -367,7 +375,7 @@ class ParameterServer:
         for to, link in list(self.transport.traffic.items()):
             link.blocked_s += max(0.0, min(waited, link.busy(now) - self._busy_when_held.get(to, 0.0)))
 
-    def _close_round(self, closed: RoundClosed) -> None:
+    def _close_round(self, closed: RoundMade) -> None:
         self._count_hold()
         self.totals.loss += self._round_loss
         mean = self._round_loss / closed.samples if closed.samples else None

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from geotrain.checkpoint import join, read_bytes, write_bytes
 from geotrain.errors import NothingToResume, OutputUnwritable, RunNotFound, RunTaken
 from geotrain.job import JobSpec, parse_job
 from geotrain.stores import PATIENCE_S, STORE_ERRORS, open_url, patiently
+from geotrain.sync.messages import RoundMade
 
 
 def new_run_id(job_name: str, now: datetime | None = None) -> str:
@@ -101,6 +103,11 @@ class RunFolder:
     def round(self, record: Mapping[str, Any]) -> None:
         """One line of rounds.jsonl."""
         self._append("rounds.jsonl", record)
+
+    def round_by_others(self, made: RoundMade) -> None:
+        """The same of a round of which its leader was not heard to tell; should that still come, its word counts."""
+        unknown: dict[str, Any] = {"loss": None, "held_s": 0.0, "compute_s": None, "links": {}}
+        self.round({**asdict(made), "at": time.time(), **unknown, "by_others": True})
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         with self._lock:

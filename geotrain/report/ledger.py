@@ -117,7 +117,8 @@ def seats_of(folder: RunFolder, back_to: float = math.inf) -> tuple[dict[str, di
     seats: dict[str, dict[int, Seating]] = {}
     held: dict[str, int] = {}
     absent: dict[str, int] = {}
-    """The same of regions that were away when a checkpoint was made, and are still: it is known of them for good."""
+    """The same of regions that are away, as the others had told when one was lost or a checkpoint was made: what those held who were lost
+    since is not in it."""
     away: set[str] = set()
 
     def go_back(round: float) -> None:
@@ -134,6 +135,7 @@ def seats_of(folder: RunFolder, back_to: float = math.inf) -> tuple[dict[str, di
                 absent.pop(event["region"], None)
             case "lost":
                 away.add(event["region"])
+                absent |= event.get("held_of_absent", {})
             case "segment":  # at whose end all had the same, themselves among them
                 held |= dict.fromkeys(event.get("hashes", ()), event["round"])
                 absent |= event.get("held_of_absent", {})
@@ -142,15 +144,27 @@ def seats_of(folder: RunFolder, back_to: float = math.inf) -> tuple[dict[str, di
             case "bad_checkpoint" if event.get("back_to") is not None:
                 go_back(event["back_to"])
     go_back(back_to)
+    told: dict[str, int] = {}
+    by_others: list[tuple[Seating, RoundOfRows]] = []
     for record in folder.lines("rounds.jsonl"):
         if (seat := seats.get(record["region"], {}).get(record["life"])) is None:
             continue  # the process was killed before it could say that
         void = bool(record["steps"]) and not record["samples"]
-        seat.rounds.append(RoundOfRows(record["round"], record["epoch"], record["done"], record["steps"], void, record["samples"]))
+        made = RoundOfRows(record["round"], record["epoch"], record["done"], record["steps"], void, record["samples"])
+        if record.get("by_others"):
+            by_others.append((seat, made))
+            continue
+        seat.rounds.append(made)
+        if record["region"] in away or record["life"] != max(seats[record["region"]]):
+            continue  # what it held was lost with it, but for what those had who were left
         for other, first in record.get("settled", {}).items():
             if other != record["region"]:
-                held[other] = max(held.get(other, 0), int(min(first, seat.until)))
+                told[other] = max(told.get(other, 0), int(min(first, seat.until)))
+    for seat, made in by_others:
+        if all(own.round != made.round for own in seat.rounds):
+            seat.rounds.append(made)
     held |= absent
+    held |= {region: max(first, held.get(region, 0)) for region, first in told.items()}
     for region in away & seats.keys():  # what only it had went with it
         last = seats[region][max(seats[region])]
         last.until = min(last.until, held.get(region, 0))

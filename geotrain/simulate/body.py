@@ -195,7 +195,7 @@ class Ghost:
                     self.totals.held_s += self.clock() - self._held_since
                 self._held_since = None
             elif kind is RoundClosed:
-                self.totals.samples += instruction.samples  # type: ignore[union-attr]
+                self.totals.samples += instruction.made.samples  # type: ignore[union-attr]
             elif kind is Wake:
                 self.wake(instruction.at)  # type: ignore[union-attr]
             elif kind is Return:

@@ -18,13 +18,14 @@ class FullMerge:
     number: int = 0
     """How many there were before in this view."""
     agreed: int | None = None
-    """The round from which all go on, once agreed."""
+    """The round from which all go on, once agreed: later than any that a region had begun, which ends with what it has of it."""
     _replicas: dict[str, Update] = field(default_factory=dict)
 
     def begin(self) -> list[Instruction]:
         at, owner = self.at, self.at.view.owner(0)
         samples = 0 if at.fresh else at.rows
-        mine = Update(Kind.REPLICA, at.view.epoch, at.region, at.round, self.number, samples, at.last)
+        made = (*at.lately, *([at.made()] if at.steps else []))
+        mine = Update(Kind.REPLICA, at.view.epoch, at.region, at.round, self.number, samples, at.last, made=made)
         return [Produce(mine), *(self.received(mine) if owner == at.region else [Send(mine, owner)])]
 
     def received(self, update: Update) -> list[Instruction]:
@@ -46,11 +47,12 @@ class FullMerge:
             Kind.AGREED,
             at.view.epoch,
             at.region,
-            round=max(part.round for part in parts),
+            round=max([*(part.round for part in parts), *(last.round + 1 for part in parts for last in part.made[-1:])]),
             fragment=self.number,
             samples=sum(part.samples for part in parts),
             last=min((part.last for part in parts if part.last is not None), default=None),
             members=tuple(part.origin for part in parts),
+            made=tuple(made for part in parts for made in part.made),
         )
         return [Merge(mean, parts), *(Send(mean, other) for other in at.view.others(at.region)), *self._agree(mean)]
 

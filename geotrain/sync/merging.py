@@ -22,6 +22,7 @@ from geotrain.sync.messages import (
     Readdress,
     Received,
     Return,
+    RoundMade,
     SegmentBegins,
     Send,
     Settle,
@@ -53,6 +54,8 @@ class MergeMachine:
     """The last view in which this region was up to date; None of them before it has joined."""
     mine: dict[Place, Update] = field(default_factory=dict)
     """Own contributions of which it is not known yet whether a merge took them."""
+    returned: dict[int, tuple[RoundMade, ...]] = field(default_factory=dict)
+    """Fragment -> rounds that a merge went on without; they are in what is contributed to it next."""
     collected: dict[Place, dict[str, Update]] = field(default_factory=dict)
     """The owner's: contributions to fragments not merged yet."""
     merged: dict[Place, Update] = field(default_factory=dict)
@@ -146,7 +149,8 @@ class MergeMachine:
         last = at.round + (1 if self.strategy.tau == 0 else 2) if at.stop_asked else None
         places = [(at.round, fragment) for fragment in self.fragments(at.round)]
         for place in places:
-            mine = Update(Kind.CONTRIBUTION, at.view.epoch, at.region, at.round, place[1], at.samples, last)
+            made = (*self.returned.pop(place[1], ()), at.made())
+            mine = Update(Kind.CONTRIBUTION, at.view.epoch, at.region, at.round, place[1], at.samples, last, made=made)
             self.mine[place] = mine
             out.append(Produce(mine))
             if place not in self.merged:
@@ -171,7 +175,11 @@ class MergeMachine:
         for fragment in self.fragments(self.applied):
             place = (self.applied, fragment)
             merged, mine = self.merged.pop(place), self.mine.pop(place)
-            out.append(Settle(mine) if at.region in merged.members else Return(mine, discount(1)))
+            if at.region in merged.members:
+                out.append(Settle(mine))
+            else:
+                out.append(Return(mine, discount(1)))
+                self.returned[fragment] = (*self.returned.get(fragment, ()), *mine.made)
             out.append(Apply(merged, 1.0, staleness, early=early))
             at.end_before(merged.last)
         self.applied += 1
@@ -260,7 +268,8 @@ class MergeMachine:
         parts = tuple(there[region] for region in members)
         last = min((part.last for part in parts if part.last is not None), default=None)
         samples = sum(part.samples for part in parts)
-        merged = Update(Kind.MERGED, at.view.epoch, at.region, round, fragment, samples, last, members)
+        made = tuple(made for part in parts for made in part.made)
+        merged = Update(Kind.MERGED, at.view.epoch, at.region, round, fragment, samples, last, members, made)
         self.merged[place] = merged
         return [Merge(merged, parts), *(Send(merged, other) for other in at.view.others(at.region))]
 
@@ -321,6 +330,7 @@ class MergeMachine:
         at = self.at
         out: list[Instruction] = [Discard(update, "the view went on from a peer's state") for update in self.mine.values()]
         self.mine.clear()
+        self.returned.clear()
         self.applied = state.round
         at.start_over(state.round)
         at.end_before(state.last)

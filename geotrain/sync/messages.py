@@ -24,6 +24,23 @@ class Kind(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class RoundMade:
+    """What a region trained on in a round. Who holds the round knows it, though the region was lost before it told anybody else."""
+
+    region: str
+    life: int
+    """Of its seat."""
+    round: int
+    epoch: int
+    done: int
+    """Where it then is in its rows: an epoch, and the inner steps made of it; negative: some of the epoch before are still to be made."""
+    steps: int
+    """Of this round."""
+    samples: int
+    """Rows of this round that count."""
+
+
+@dataclass(frozen=True, slots=True)
 class Update:
     """The header of what one partition contributes to one round. The numbers travel beside it, as a payload."""
 
@@ -40,6 +57,8 @@ class Update:
     """The round before which its origin wants the segment to end early; None: as planned."""
     members: tuple[str, ...] = ()
     """Of a merge: the regions whose contributions are in it."""
+    made: tuple[RoundMade, ...] = ()
+    """The rounds that are in it."""
     lineage: int = 0
     """Of a HELLO: the last view in which its origin was up to date."""
 
@@ -240,13 +259,7 @@ class Wake:
 class RoundClosed:
     """This region's inner steps of a round are done and contributed."""
 
-    round: int
-    samples: int
-    """Of this region, in this round."""
-    epoch: int
-    done: int
-    """Where it is in its rows: an epoch, and the inner steps made of it; negative: some of the epoch before are still to be made."""
-    steps: int
+    made: RoundMade
     now: float
 
 

@@ -1,8 +1,21 @@
 """What every RoundMachine counts: rounds, inner steps, samples, and whether it may step."""
 
+from collections import deque
 from dataclasses import dataclass, field
 
-from geotrain.sync.messages import Discard, Hold, Instruction, Resume, RoundClosed, SegmentBegins, SegmentOver, StepDone, Update, View
+from geotrain.sync.messages import (
+    Discard,
+    Hold,
+    Instruction,
+    Resume,
+    RoundClosed,
+    RoundMade,
+    SegmentBegins,
+    SegmentOver,
+    StepDone,
+    Update,
+    View,
+)
 from geotrain.sync.pace import Pace
 
 KEPT = 8
@@ -24,6 +37,8 @@ class Progress:
     """This region's weight in a full merge."""
     fresh: bool = False
     """It joins without anything learned: its first full merge only gives to it."""
+    life: int = 0
+    """Of its seat."""
     first: int = 0
     until: int = 0
     """The segment that is under way."""
@@ -36,6 +51,8 @@ class Progress:
     last: int | None = None
     """The agreed early end, once anybody asked."""
     stop_asked: bool = False
+    lately: deque[RoundMade] = field(default_factory=lambda: deque(maxlen=KEPT))
+    """Its last rounds."""
     _quota: int | None = None
     _began: dict[int, int] = field(default_factory=dict)
     """`done` at the beginning of the last rounds."""
@@ -82,8 +99,14 @@ class Progress:
         self.samples = 0 if event.void else self.samples + event.samples
         assert self.steps <= self.quota, (self.region, self.round, self.steps)
 
+    def made(self) -> RoundMade:
+        """The round that this region is in, so far."""
+        epoch = self.pace.epoch(self.round)
+        return RoundMade(self.region, self.life, self.round, epoch, self.done + self.steps, self.steps, self.samples)
+
     def close_round(self, now: float) -> RoundClosed:
-        closed = RoundClosed(self.round, self.samples, self.pace.epoch(self.round), self.done + self.steps, self.steps, now)
+        closed = RoundClosed(self.made(), now)
+        self.lately.append(closed.made)
         self.jump(self.round + 1)
         return closed
 
@@ -109,6 +132,7 @@ class Progress:
         Of a later round: the steps of the round under way are owed.
         """
         self.steps = 0
+        self.lately = deque((made for made in self.lately if made.round < round), maxlen=KEPT)
         if round <= self.round and round in self._began:
             self.done = self._began[round]
             self._begin_round(round)

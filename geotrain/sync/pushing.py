@@ -109,7 +109,7 @@ class PushMachine:
         at, strategy = self.at, self.strategy
         if at.stop_asked:
             at.end_before(at.round + diameter(strategy.topology, at.view) * (1 + strategy.max_staleness))
-        mine = Update(Kind.PUSH, at.view.epoch, at.region, at.round, samples=at.samples, last=at.last)
+        mine = Update(Kind.PUSH, at.view.epoch, at.region, at.round, samples=at.samples, last=at.last, made=(at.made(),))
         sends = [Send(mine, other) for other in targets(strategy.topology, at.view, at.region)]
         return [Produce(mine), *sends, at.close_round(now)]
 

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from geotrain.sync.messages import Kind, Update
+from geotrain.sync.messages import Kind, RoundMade, Update
 
-LARGEST_HEADER = 2**17
-"""Bytes; more is not parsed. A merge names its members, so that a thousand of them fit."""
+LARGEST_HEADER = 2**20
+"""Bytes; more is not parsed. A merge names its members and the rounds that are in it, so that a thousand of them fit."""
 
 
 @dataclass(slots=True)
@@ -197,7 +197,8 @@ class Transport(Protocol):
 def header_of(update: Update) -> dict[str, Any]:
     """The header as JSON-able values."""
     values = {name: getattr(update, name) for name in Update.__slots__}
-    return {**values, "kind": update.kind.value, "members": list(update.members)}
+    made = [[getattr(made, name) for name in RoundMade.__slots__] for made in update.made]
+    return {**values, "kind": update.kind.value, "members": list(update.members), "made": made}
 
 
 def update_of(header: dict[str, Any]) -> Update:
@@ -214,4 +215,13 @@ def update_of(header: dict[str, Any]) -> Update:
         raise ValueError(f"header field members is {members!r}")
     if type(lineage) is not int or lineage < -1:
         raise ValueError(f"header field lineage is {lineage!r}")
-    return Update(Kind(header.get("kind")), **{name: header[name] for name in fields}, last=last, members=tuple(members), lineage=lineage)
+    facts = {name: header[name] for name in fields}
+    return Update(Kind(header.get("kind")), **facts, last=last, members=tuple(members), made=_made_of(header), lineage=lineage)
+
+
+def _made_of(header: dict[str, Any]) -> tuple[RoundMade, ...]:
+    """Raises ValueError."""
+    made = header.get("made")
+    if type(made) is not list or not all(type(one) is list and [type(value) for value in one] == [str, *6 * [int]] for one in made):
+        raise ValueError(f"header field made is {made!r}")
+    return tuple(RoundMade(*one) for one in made)

@@ -9,6 +9,8 @@ import torch
 
 from geotrain.errors import JobError
 from geotrain.sync.feedback import ErrorFeedback
+from geotrain.sync.messages import RoundMade
+from geotrain.sync.pushing import PushMachine
 from geotrain.sync.replica import DeltaReplica
 from geotrain.sync.strategy import Merging, Pushing
 from tests.world import NAMES, PARAMETERS, World, make_world, parse_sync, schedule
@@ -107,6 +109,27 @@ def check(world: World) -> None:
     assert all(0 <= staleness <= bound for _, _, staleness in world.applied), "staler than the bound"
     assert all(facts["reason"] for _, what, facts in world.events if what == "discarded")
     conserved(world)
+    known_by_others(world)
+
+
+def known_by_others(world: World) -> None:
+    """Who holds a round knows where its region then was in its rows, as that region would tell."""
+    faults, healed = world.faults, {name for name, what, _ in world.events if what == "healed"}
+    disturbed = healed | {name for name, *_ in (*faults.crashes, *faults.cuts, *faults.joins)}
+    steady = [node for node in world.there() if node.name not in disturbed]
+    for node, other in itertools.permutations(steady, 2):
+        machine, known = other.server.machine, world.held.get((node.name, other.name), {})
+        if isinstance(machine, PushMachine):
+            sure = other.name in node.server.machine.heard
+            back: set[int] = set()
+        else:
+            sure, back = True, {made.round for returned in machine.returned.values() for made in returned}
+        assert not sure or known.keys() >= set(world.closed[other.name]) - back, (
+            f"{node.name} does not know rounds {sorted(set(world.closed[other.name]) - back - known.keys())} of {other.name}"
+        )
+        for round, made in known.items():
+            told = world.told[other.name][round]
+            assert made == {RoundMade(other.name, 0, round, told.epoch, told.done, told.steps, told.samples)}, (made, told)
 
 
 def every_row_once(world: World) -> None:

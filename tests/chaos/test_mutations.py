@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from geotrain.sync.agree import FullMerge
 from geotrain.sync.feedback import ErrorFeedback
 from geotrain.sync.merging import MergeMachine
 from geotrain.sync.progress import Progress
@@ -109,6 +110,30 @@ MUTATIONS = [
         "Return(mine, discount(1))",
         "Settle(mine)",
         schedules("diloco-quorum-fp32"),
+    ),
+    Mutation(
+        "nobody is told that a round is in a later contribution",
+        MergeMachine,
+        "_contribute",
+        "(*self.returned.pop(place[1], ()), at.made())",
+        "(self.returned.pop(place[1], ()), at.made())[1:]",
+        schedules("diloco-quorum-fp32"),
+    ),
+    Mutation(
+        "nobody is told which rounds a full merge has",
+        FullMerge,
+        "begin",
+        "(*at.lately, *([at.made()] if at.steps else []))",
+        "()",
+        schedules("asgd_ga-fp32"),
+    ),
+    Mutation(
+        "a round goes on that a full merge has in part",
+        FullMerge,
+        "received",
+        "*(last.round + 1 for part in parts for last in part.made[-1:])",
+        "*()",
+        schedules("asgd_ga-fp32"),
     ),
     Mutation(
         "a state is adopted and the round is not", MergeMachine, "_adopt", "self.applied = state.round", "pass", schedules("diloco-fp32")

@@ -150,20 +150,32 @@ def test_a_region_is_back_before_the_others_have_heard_that_it_was_lost(
     assert ledger(run.folder)["balanced"]
 
 
-@pytest.mark.parametrize("strategy", ["streaming", *(pytest.param(name, marks=pytest.mark.chaos) for name in ("ma", "asgd_ga"))])
-def test_a_region_goes_on_where_the_others_hold_its_rounds_though_they_told_of_none(tmp_path: Path, strategy: str) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "silent"),
+    [
+        ("streaming", "the others"),
+        ("ma", "its own leader"),
+        *(pytest.param(name, "the others", marks=pytest.mark.chaos) for name in ("ma", "asgd_ga")),
+        *(pytest.param(name, "its own leader", marks=pytest.mark.chaos) for name in ("streaming", "asgd_ga")),
+    ],
+)
+def test_a_region_goes_on_where_the_others_hold_its_rounds_though_nobody_told_of_them(tmp_path: Path, strategy: str, silent: str) -> None:
+    """Whatever its own leader told last: what the others hold of it they know of themselves."""
     run, told = Run.start(job_of(tmp_path, strategy)), list[int]()
 
     def strike(run: Run) -> None:
-        for region in ("north", "west"):
+        quiet, heard = (("north", "west"), "south") if silent == "the others" else (("south",), "north")
+        for region in quiet:
             on_leader(run, region, tell_seldom)
-        wait_for(lambda: run.board.rows["south"].rounds > 170)
+        wait_for(lambda: run.board.rows[heard].rounds > 170)
         os.kill(pid_of(run, "south"), signal.SIGKILL)
-        told.append(run.board.rows["south"].rounds)
+        told.append(run.board.rows[heard].rounds)
 
     summary = conduct(run, in_mid_run(strike))
     _, again = [event for event in events(run, "seated") if event["region"] == "south"]
     assert told[0] - 20 < again["round"], "its last rounds may be with nobody"
+    by_others = [record["round"] for record in run.folder.lines("rounds.jsonl") if record.get("by_others")]
+    assert silent == "the others" or again["round"] - 1 in by_others, "nobody else was left to tell of it"
     found = ledger(run.folder)
     assert found["balanced"]
     counted = {name: sum(row["once"] for row in found["regions"] if row["region"] == name) for name in ("north", "south", "west")}

@@ -1,5 +1,6 @@
 """How far every region has come, and where one goes on that lost its state, or whose run goes back."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,22 @@ def test_rows_of_a_lost_seat_count_as_far_as_others_hold_them_and_once() -> None
     tally.seated("south", 2, AT_129, 120)
     assert tally.rows_made_up()["south"] == 20 * 20, "the next seat takes the others again"
     assert not any(tally.rows_made_up().values())
+
+
+def test_rounds_that_a_leader_had_not_told_of_are_known_from_those_who_hold_them() -> None:
+    tally = a_run()
+    tally.heard("south", 1, rounds(1, 0, 127), {})
+    tally.heard("north", 9, [], {"south": 129}, rounds(1, 125, 129))
+    assert tally.told_by_others() == [], "it may still tell"
+    tally.heard("south", 1, rounds(1, 127, 128), {})
+    tally.lost("south", epoch=1, since=100)
+    assert [asdict(made) for made in tally.told_by_others()] == rounds(1, 128, 129), "of the others it told itself"
+    assert tally.told_by_others() == []
+    assert tally.place("south") == Place(AT_0, 129, (12, 18)), "none of its rows is trained on again"
+    assert tally.rows_made_up()["south"] == 29 * 20
+    tally.heard("north", 9, [], {"south": 130}, rounds(1, 129, 130))
+    assert [made.round for made in tally.told_by_others()] == [129], "heard late"
+    assert tally.held_of_absent() == {"south": 130}
 
 
 def test_it_is_settled_what_others_hold_once_they_told_something_in_a_view_without_the_region() -> None:

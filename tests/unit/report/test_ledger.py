@@ -7,6 +7,7 @@ import pytest
 
 from geotrain.report.folder import RunFolder
 from geotrain.report.ledger import samples_counted
+from geotrain.sync.messages import RoundMade
 from tests.making import points_job
 
 
@@ -61,6 +62,34 @@ def test_a_region_without_another_seat_counts_up_to_where_the_run_went_back(fold
     folder.event(**event)
     folder.event("left", region="south")
     assert counted(folder) == {"south": 10}
+
+
+def test_what_a_lost_region_held_goes_with_it_unless_others_have_it(folder: RunFolder) -> None:
+    """Two leaders are lost within one exchange, and the flow ends before the next checkpoint."""
+    for region in ("north", "south", "west"):
+        seated(folder, region, 1, 0)
+    made(folder, "south", 1, range(20))
+    made(folder, "west", 1, range(20), south=19)
+    made(folder, "north", 1, range(20), south=15)
+    folder.event("lost", region="south", message="killed", held_of_absent={"south": 19})
+    assert counted(folder)["south"] == 19
+    folder.event("lost", region="west", message="killed", held_of_absent={"south": 15, "west": 12})
+    assert counted(folder) == {"north": 20, "south": 15, "west": 12}
+    made(folder, "north", 1, range(20, 21), south=16, west=12)
+    assert counted(folder) == {"north": 21, "south": 16, "west": 12}, "told since"
+
+
+def test_a_round_that_only_others_told_of_counts_unless_its_leader_did(folder: RunFolder) -> None:
+    for region in ("north", "south"):
+        seated(folder, region, 1, 0)
+    made(folder, "south", 1, range(10))
+    for round in (9, 10):
+        folder.round_by_others(RoundMade("south", 1, round, epoch=0, done=round + 1, steps=1, samples=1))
+    made(folder, "north", 1, range(12), south=11)
+    folder.event("lost", region="south", message="killed")
+    assert counted(folder) == {"north": 12, "south": 11}
+    made(folder, "south", 1, range(10, 11))
+    assert counted(folder) == {"north": 12, "south": 11}, "heard late"
 
 
 def test_what_a_checkpoint_says_of_a_region_that_is_away_is_final(folder: RunFolder) -> None:

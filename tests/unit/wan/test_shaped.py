@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from geotrain.sync.messages import Kind, Update
+from geotrain.sync.messages import Kind, RoundMade, Update
 from geotrain.wan.memory import Exchange, MemoryTransport
 from geotrain.wan.shaped import HEADER_BYTES, Line, Shaped
 from geotrain.wan.transport import header_of, update_of
@@ -41,7 +41,8 @@ def test_a_closed_line_drops_what_waits() -> None:
 
 
 def test_a_header_survives_the_wire() -> None:
-    update = Update(Kind.MERGED, 2, "tokyo", 7, samples=100, last=9)
+    made = (RoundMade("tokyo", 10**18, 7, 1, -3, 4, 64), RoundMade("paris", 7, 7, 2, 5, 4, 36))
+    update = Update(Kind.MERGED, 2, "tokyo", 7, samples=100, last=9, members=("paris", "tokyo"), made=made)
     assert update_of(header_of(update)) == update
 
 
