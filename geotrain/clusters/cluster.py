@@ -1,12 +1,13 @@
 """A region's Dask cluster: opened, scaled to the plan, closed whatever happens."""
 
+import asyncio
 import importlib
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, wait
 from contextlib import ExitStack, suppress
 from typing import Any, assert_never
 
@@ -15,15 +16,19 @@ from distributed import Client
 from distributed.security import Security
 
 from geotrain.clusters.code import CodePlugin, pack
-from geotrain.errors import ClusterError, ClusterTooSmall, ClusterUnreachable
+from geotrain.errors import ClusterTooSmall, ClusterUnreachable, GeotrainError
 from geotrain.job import AddressCluster, ClassCluster, LocalCluster, RegionSpec
 
 _STARTING = threading.Lock()
 """Dask imports parts of itself while a cluster starts, and two threads that do so at once can see a half-imported module."""
 
 CONNECT_S = 30.0
+TRY_S = 3.0
+"""For one attempt."""
 ANSWER_S = 20.0
 """A scheduler that answers nothing for so long stands still."""
+LOOK_S = 0.1
+"""Between two looks whether anybody waits for it."""
 GROW_S = 120.0
 SHRINK_S = 30.0
 """For workers that are too many to go."""
@@ -65,17 +70,28 @@ class RegionCluster:
         """Of its scheduler, for people."""
         return str(self.client.scheduler) if self.client.scheduler is not None else "its address"
 
-    def there(self) -> dict[str, float]:
-        """Worker -> its last heartbeat by the scheduler's clock. Raises ClusterUnreachable."""
+    def there(self, check: Callable[[], None] = lambda: None, within_s: float | None = None) -> dict[str, float]:
+        """Worker -> its last heartbeat by the scheduler's clock. Raises ClusterUnreachable.
+
+        `check`: called while the scheduler does not answer; raises when nobody is to wait any longer. `within_s`: ANSWER_S unless told.
+        """
+        until = time.monotonic() + (ANSWER_S if within_s is None else within_s)
         try:
-            known = self.client.sync(self.client.scheduler.identity, n_workers=-1, callback_timeout=ANSWER_S)["workers"]
+            asked = asyncio.run_coroutine_threadsafe(self.client.scheduler.identity(n_workers=-1), self.client.loop.asyncio_loop)
+            try:
+                while not asked.done() and time.monotonic() < until:
+                    wait([asked], timeout=LOOK_S)
+                    check()
+                known = asked.result(timeout=0)["workers"]
+            finally:
+                asked.cancel()
         except CLIENT_ERRORS as error:
             raise ClusterUnreachable(self.region, self.where, error) from error
         return {address: worker["last_seen"] for address, worker in known.items()}
 
-    def workers(self) -> list[str]:
-        """Addresses of all workers, sorted. Raises ClusterUnreachable."""
-        return sorted(self.there())
+    def workers(self, check: Callable[[], None] = lambda: None) -> list[str]:
+        """Addresses of all workers, sorted. Raises ClusterUnreachable. `check`: as of `there`."""
+        return sorted(self.there(check))
 
     def scale(self, workers: int, check: Callable[[], None] = lambda: None) -> list[str]:
         """Ask for so many workers and wait for them; returns the addresses to use. Raises ClusterTooSmall, ClusterUnreachable.
@@ -83,10 +99,10 @@ class RegionCluster:
         An existing scheduler (`address`) is not scaled: it must have the workers. `check`: called meanwhile; raises when nobody is to wait
         any longer.
         """
-        if len(self.workers()) != workers:
+        if len(self.workers(check)) != workers:
             self.ask_for(workers)
         began = time.monotonic()
-        while len(found := self.workers()) != workers:
+        while len(found := self.workers(check)) != workers:
             check()
             waited = time.monotonic() - began
             if len(found) > workers and (self.cluster is None or waited > SHRINK_S):
@@ -119,10 +135,11 @@ class RegionCluster:
         self.close()
 
 
-def open_cluster(spec: RegionSpec, connect_s: float = CONNECT_S) -> RegionCluster:
+def open_cluster(spec: RegionSpec, connect_s: float | None = None, check: Callable[[], None] = lambda: None) -> RegionCluster:
     """Connect to a region's cluster, starting it with one worker where it is ours to start. Raises ClusterError.
 
-    `connect_s`: how long the scheduler of one that is not ours may take to answer.
+    `connect_s`: how long the scheduler of one that is not ours may take to answer, CONNECT_S unless told. `check`: called meanwhile; raises
+    when nobody is to wait any longer. One that is begun is waited for whatever happens: it costs money until it is closed.
     """
     stack = ExitStack()
     where = "?"
@@ -137,8 +154,7 @@ def open_cluster(spec: RegionSpec, connect_s: float = CONNECT_S) -> RegionCluste
                 client = stack.enter_context(ReachingClient(cluster, set_as_default=False, timeout=CONNECT_S))
             case AddressCluster():
                 where, cluster = spec.cluster.address, None
-                security = _security(spec.cluster)
-                client = stack.enter_context(ReachingClient(where, set_as_default=False, timeout=connect_s, security=security))
+                client = stack.enter_context(_connect(where, _security(spec.cluster), CONNECT_S if connect_s is None else connect_s, check))
             case ClassCluster():
                 where = spec.cluster.path
                 with _STARTING:
@@ -150,10 +166,27 @@ def open_cluster(spec: RegionSpec, connect_s: float = CONNECT_S) -> RegionCluste
                 assert_never(spec.cluster)
     except BaseException as error:
         stack.close()  # a cluster that was begun costs money
-        if isinstance(error, ClusterError) or not isinstance(error, Exception):
+        if isinstance(error, GeotrainError) or not isinstance(error, Exception):
             raise
         raise ClusterUnreachable(spec.name, where, error) from error  # whatever a provider's library raises
     return RegionCluster(spec.name, client, cluster, stack)
+
+
+def _connect(address: str, security: Security | None, within_s: float, check: Callable[[], None]) -> Client:
+    """A client of somebody's scheduler. Raises what Dask does."""
+    until = time.monotonic() + within_s
+    while True:
+        check()
+        began = time.monotonic()
+        this_s = min(until - began, TRY_S)
+        try:
+            client = ReachingClient(address, set_as_default=False, timeout=this_s, security=security)
+            client._timeout = within_s  # for a scheduler that it loses later
+            return client
+        except OSError:
+            ended = time.monotonic()
+            if ended >= until or ended < began + this_s:  # what is refused is refused the next time too
+                raise
 
 
 def _security(cluster: AddressCluster) -> Security | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from geotrain.clusters import RegionCluster, open_cluster
 from geotrain.data.inventory import Inventory, check_same_schema
-from geotrain.errors import GeotrainError
+from geotrain.errors import GeotrainError, Stopped
 from geotrain.job import JobSpec
 from geotrain.partition.orders import Probed
 from geotrain.partition.partition import Control, Partition
@@ -46,6 +46,7 @@ class Replanner:
         self._preparing: threading.Thread | None = None
         self._cluster: RegionCluster | None = None
         """Of the region that is being prepared."""
+        self._closing = False
 
     @property
     def waits(self) -> bool:
@@ -108,7 +109,7 @@ class Replanner:
         self, job: JobSpec, region: str, known: Mapping[str, tuple[Inventory, Inventory | None]], partition: OpenPartition
     ) -> None:
         try:
-            self._cluster = open_cluster(job.region(region))
+            self._cluster = open_cluster(job.region(region), check=self._check)
             come = partition(job, region, self._cluster)
             inventory = come.survey()
             for split in (0, 1):
@@ -122,6 +123,11 @@ class Replanner:
             return
         self.newcomer = Newcomer(region, job, come, inventory, probed)
         self.control.turn.set()
+
+    def _check(self) -> None:
+        self.control.check()
+        if self._closing:
+            raise Stopped(self.control.run)
 
     def _refuse(self, region: str, why: str) -> None:
         self.folder.event("not_added", region=region, message=why)
@@ -138,6 +144,7 @@ class Replanner:
 
     def close(self) -> None:
         """A region that is still being prepared does not come in."""
+        self._closing = True
         if self._preparing is not None:
             self._preparing.join()
         self._forget()

@@ -9,7 +9,7 @@ from typing import Any
 
 from distributed import Client, Future
 
-from geotrain.clusters import CLIENT_ERRORS, RegionCluster, open_cluster
+from geotrain.clusters import ANSWER_S, CLIENT_ERRORS, RegionCluster, open_cluster
 from geotrain.data.inventory import Inventory
 from geotrain.errors import (
     ClusterError,
@@ -32,6 +32,8 @@ POLL_S = 0.1
 WORKERS_CHECK_S = 2.0
 TELL_S = 5.0
 REACH_S = 60.0
+AT_ONCE_S = 1.0
+"""How long workers get to give up their seats when the run is to end at once."""
 REOPEN_S = 5.0
 """How long a scheduler that was lost may take to answer, each time it is tried."""
 SETTLE_S = 5.0
@@ -51,6 +53,11 @@ class Control:
         self.turn = threading.Event()
         """The segment is to end early, at an agreed round, and the run to go on with another plan."""
         self.abort = threading.Event()
+
+    def check(self) -> None:
+        """While something is waited for. Raises Stopped where all is to end at once."""
+        if self.abort.is_set():
+            raise Stopped(self.run)
 
     @property
     def scope(self) -> str:
@@ -111,7 +118,7 @@ class Partition:
         """Reach the cluster anew, after its scheduler was lost; one of our own is asked for so many workers. Raises ClusterError."""
         with suppress(Exception):  # whatever a provider's library raises
             self.cluster.close()
-        self.cluster = open_cluster(self.job.region(self.region), REOPEN_S)
+        self.cluster = open_cluster(self.job.region(self.region), REOPEN_S, self.control.check)
         self.cluster.ask_for(workers)
         self._listen()
         with self._reaching("shipping the code"):
@@ -135,7 +142,7 @@ class Partition:
 
     def scale(self, workers: int) -> None:
         """Bring the cluster to the planned size. Raises ClusterTooSmall, ClusterUnreachable."""
-        self.workers = self.cluster.scale(workers, self._check_abort)
+        self.workers = self.cluster.scale(workers, self.control.check)
         if not set(self.workers) <= set(usable := self._usable()):
             if len(usable) < workers:
                 raise ClusterTooSmall(self.region, workers, len(usable), 0.0)
@@ -163,7 +170,7 @@ class Partition:
             return False
 
     def _usable(self) -> list[str]:
-        there = self.cluster.workers()
+        there = self.cluster.workers(self.control.check)
         self._unusable.intersection_update(there)  # one that went, and comes to the same address, is another
         for worker in [worker for worker, answer in self._owed.items() if answer.status != "pending"]:
             del self._owed[worker]
@@ -268,7 +275,7 @@ class Partition:
 
     def _give_signs(self, workers: list[str]) -> bool:
         try:
-            there = self.cluster.there()
+            there = self.cluster.there(self.control.check)
         except ClusterError:
             return False
         return all(worker in there and self._signs.no_beat_for(worker, there[worker]) is None for worker in workers)
@@ -291,9 +298,10 @@ class Partition:
 
     def _take_back(self, workers: list[str]) -> None:
         with suppress(ClusterError, *CLIENT_ERRORS):
-            there = self.cluster.there()
+            within_s = AT_ONCE_S if self.control.abort.is_set() else REACH_S
+            there = self.cluster.there(within_s=min(within_s, ANSWER_S))
             workers = [worker for worker in workers if worker in there]  # a dead one would be tried for half a minute
-            self._run(on_worker, "leave", self.control.scope, self.region, workers=workers, within_s=REACH_S)
+            self._run(on_worker, "leave", self.control.scope, self.region, workers=workers, within_s=within_s)
 
     def leave(self) -> None:
         """Give up the seats, where they outlive the run, or objects in a mailbox do. What cannot be reached has nothing to give up."""
@@ -301,13 +309,14 @@ class Partition:
         if lasts and self.workers:
             self.vacate()
         for thread in self._telling:
-            thread.join()
+            thread.join(AT_ONCE_S if self.control.abort.is_set() else None)
 
     def abandon(self) -> None:
         """After a loss: the region's other workers end what they do. One that does not is ended, or else not used before it is free."""
         self.tell_abort()
         with suppress(ClusterError, *CLIENT_ERRORS):
-            answers = {worker: self._submit(worker, "here") for worker in self._usable() if worker in self.workers}
+            there = self.cluster.there(within_s=SETTLE_S).keys() - self._unusable
+            answers = {worker: self._submit(worker, "here") for worker in self.workers if worker in there}
             until = time.monotonic() + SETTLE_S
             while (silent := self._silent(answers)) and time.monotonic() < until:
                 time.sleep(POLL_S)
@@ -318,7 +327,7 @@ class Partition:
     def _silent(self, answers: Mapping[str, Future]) -> list[str]:
         """Those that have not answered and are there: Dask would wait for ever for one that went before it was asked."""
         pending = [worker for worker, answer in answers.items() if answer.status == "pending"]
-        return sorted(set(pending) & self.cluster.there().keys()) if pending else []
+        return sorted(set(pending) & self.cluster.there(within_s=SETTLE_S).keys()) if pending else []
 
     def _restart(self, workers: list[str]) -> None:
         """By their nannies; one without is not used. Raises RunTaken."""
@@ -334,7 +343,7 @@ class Partition:
 
     def _call(self, doing: str, name: str, *args: Any) -> Any:
         """On whichever worker is there first."""
-        worker = self.cluster.scale(1, self._check_abort)[0]
+        worker = self.cluster.scale(1, self.control.check)[0]
         return self._await([self._submit(worker, name, *args)], doing, workers=[worker])[0]
 
     def _await(self, futures: Sequence[Future], doing: str, workers: list[str] | None = None, hangs_after_s: float = math.inf) -> list[Any]:
@@ -344,7 +353,7 @@ class Partition:
             if self.control.abort.is_set():
                 self.tell_abort()
                 self._cancel(futures)
-                self._check_abort()
+                self.control.check()
             self._pass_on_stop()
             if (silent_s := self._signs.no_step_for(hangs_after_s)) is not None:
                 self._cancel(futures)
@@ -366,10 +375,6 @@ class Partition:
             patience_s *= 2  # it is there: the answer is long, or the way
         raise self._why(futures, workers or self.workers, doing)
 
-    def _check_abort(self) -> None:
-        if self.control.abort.is_set():
-            raise Stopped(self.control.run)
-
     def _pass_on_stop(self) -> None:
         if (self.control.stop.is_set() or self.control.turn.is_set()) and self._ticket is not None:
             self._asked, self._ticket = self._ticket, None
@@ -383,7 +388,7 @@ class Partition:
 
     def _check_workers(self, futures: Sequence[Future], workers: list[str], doing: str) -> None:
         try:
-            there = self.cluster.there()
+            there = self.cluster.there(self.control.check)
         except ClusterUnreachable as error:
             raise ClusterUnreachable(self.region, error.named["where"], f"lost during {doing}: {error.named['detail']}") from error
         for worker in workers:

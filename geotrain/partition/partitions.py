@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from geotrain.clusters import RegionCluster, open_cluster, quiet_dask
-from geotrain.errors import GeotrainError
+from geotrain.errors import GeotrainError, Stopped
 from geotrain.job import JobSpec
 from geotrain.partition.partition import Control, Listener, Partition
 from geotrain.report.board import Board
@@ -18,6 +18,7 @@ class Partitions(Mapping[str, Partition]):
         self._job, self._control, self._board, self._heard = job, control, board, heard
         self._opening: dict[str, Future[Partition]] = {}
         self._up: dict[str, Partition] = {}
+        self._closing = False
 
     def __getitem__(self, region: str) -> Partition:
         return self._up[region]
@@ -42,10 +43,15 @@ class Partitions(Mapping[str, Partition]):
         threads.shutdown(wait=False)
 
     def _open(self, region: str) -> Partition:
-        cluster = open_cluster(self._job.region(region))
+        cluster = open_cluster(self._job.region(region), check=self._check)
         self._up[region] = self.make(self._job, region, cluster)
         self._board.status(region, "cluster is up")
         return self._up[region]
+
+    def _check(self) -> None:
+        self._control.check()
+        if self._closing:
+            raise Stopped(self._control.run)
 
     def make(self, job: JobSpec, region: str, cluster: RegionCluster) -> Partition:
         """The partition of a region that is to come in."""
@@ -63,6 +69,7 @@ class Partitions(Mapping[str, Partition]):
 
     def close(self) -> None:
         """All of them at once, those too that are still being opened."""
+        self._closing = True
         closers = [threading.Thread(target=self._close, args=(region,)) for region in self._opening.keys() | self._up.keys()]
         for closer in closers:
             closer.start()

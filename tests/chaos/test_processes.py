@@ -645,6 +645,20 @@ def test_a_regions_scheduler_that_stands_still_is_left_out_until_it_goes_on(tmp_
     without_a_scheduler(tmp_path, "ma", stand_still)
 
 
+def test_a_run_that_is_to_end_at_once_does_not_wait_for_a_scheduler_that_stands_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("geotrain.clusters.cluster.ANSWER_S", 600.0)
+
+    def strike(run: Run, theirs: DaskProcesses) -> None:
+        theirs.processes[0].send_signal(signal.SIGSTOP)
+        time.sleep(3.0)  # somebody has asked it for its workers by now
+        ask(run.folder.url, "force")
+
+    with pytest.raises(Stopped):
+        without_a_scheduler(tmp_path, "ma", strike)
+
+
 @pytest.mark.chaos
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_regions_scheduler_is_lost_and_begun_again(tmp_path: Path, strategy: str) -> None:

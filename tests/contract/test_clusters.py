@@ -14,7 +14,7 @@ from distributed.security import Security
 
 from geotrain.clusters import open_cluster, quiet_dask
 from geotrain.clusters.code import pack
-from geotrain.errors import ClusterTooSmall, ClusterUnreachable, JobError
+from geotrain.errors import ClusterTooSmall, ClusterUnreachable, JobError, Stopped
 from geotrain.job import AddressCluster, ClassCluster, DataSpec, Device, LocalCluster, RegionSpec, SecurityFiles
 from geotrain.wan import certs
 from tests.s3 import free_port
@@ -59,6 +59,19 @@ def test_a_scheduler_that_is_not_there_leaves_no_thread_behind() -> None:
     with pytest.raises(ClusterUnreachable, match="region north"):
         open_cluster(region(AddressCluster(kind="address", address=f"tcp://127.0.0.1:{free_port()}")), 1.0)
     assert not [thread for thread in threading.enumerate() if thread not in before and thread.name == "IO loop"]
+
+
+def test_nobody_waits_for_a_scheduler_that_is_not_there_when_the_run_is_to_end() -> None:
+    quiet_dask()
+    end = threading.Event()
+
+    def check() -> None:
+        if end.is_set():
+            raise Stopped("run")
+        end.set()
+
+    with pytest.raises(Stopped):
+        open_cluster(region(AddressCluster(kind="address", address=f"tcp://127.0.0.1:{free_port()}")), 600.0, check)
 
 
 @pytest.fixture(params=["local", "address", "tls", "class"])

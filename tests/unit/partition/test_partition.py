@@ -1,7 +1,9 @@
 """A partition takes no worker that hung, or is about to end, however it asks for its workers."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -27,7 +29,8 @@ class Cluster:
     def __init__(self, *workers: str) -> None:
         self.client, self.there, self.cluster = Client(), list(workers), None
 
-    def workers(self) -> list[str]:
+    def workers(self, check: Callable[[], None]) -> list[str]:
+        check()
         return list(self.there)
 
     def scale(self, workers: int, check: Callable[[], None]) -> list[str]:
@@ -43,6 +46,21 @@ def cluster() -> Any:
 @pytest.fixture
 def partition(tmp_path: Path, cluster: Any) -> Partition:
     return Partition(points_job(tmp_path), "north", cluster, Control("run"), lambda region, message: None)
+
+
+@contextmanager
+def scheduler(identity: Callable[..., Any]) -> Iterator[RegionCluster]:
+    """A cluster whose scheduler answers so."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    client = SimpleNamespace(scheduler=SimpleNamespace(identity=identity), loop=SimpleNamespace(asyncio_loop=loop))
+    try:
+        yield RegionCluster("north", cast(Any, client), None, ExitStack())
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
 
 
 def test_one_that_hung_gets_no_seat(partition: Partition) -> None:
@@ -82,12 +100,31 @@ def test_nobody_waits_for_workers_of_a_run_that_is_to_end(partition: Partition) 
 
 @pytest.mark.parametrize("error", [OSError("no scheduler"), TimeoutError()])
 def test_a_scheduler_that_is_gone_or_stands_still_is_a_cluster_that_cannot_be_reached(error: Exception) -> None:
-    def sync(*_: Any, **__: Any) -> None:
+    async def identity(**_: Any) -> None:
         raise error
 
-    client = SimpleNamespace(sync=sync, scheduler=SimpleNamespace(identity=None))
-    with pytest.raises(ClusterUnreachable, match=f"region north: .*{error or 'TimeoutError'}"):
-        RegionCluster("north", cast(Any, client), None, ExitStack()).workers()
+    with scheduler(identity) as asked, pytest.raises(ClusterUnreachable, match=f"region north: .*{error or 'TimeoutError'}"):
+        asked.workers()
+
+
+def test_nobody_waits_for_the_answer_of_a_scheduler_when_the_run_is_to_end() -> None:
+    control, cancelled = Control("run"), threading.Event()
+
+    def check() -> None:
+        if control.abort.is_set():
+            raise Stopped(control.run)
+
+    async def identity(**_: Any) -> None:
+        control.abort.set()
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            cancelled.set()
+
+    with scheduler(identity) as asked:
+        with pytest.raises(Stopped):
+            asked.there(check)
+        assert cancelled.wait(10)
 
 
 def test_what_a_provider_raises_is_a_cluster_that_cannot_be_reached() -> None:
