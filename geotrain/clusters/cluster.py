@@ -125,7 +125,10 @@ class RegionCluster:
         if code:
             self.client.register_plugin(CodePlugin(pack(code)), name="geotrain-code")
 
-    def close(self) -> None:
+    def close(self, *, at_once: bool = False) -> None:
+        """`at_once`: processes of this machine get no time to end by themselves."""
+        if at_once and self.cluster is not None and hasattr(self.cluster, "kill_workers"):
+            self.cluster.kill_workers()
         self._stack.close()
 
     def __enter__(self) -> "RegionCluster":

@@ -2,9 +2,10 @@
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
 from typing import Any
 
@@ -41,6 +42,14 @@ class RegionLocalCluster(distributed.LocalCluster):
             env=dict(os.environ),  # what they are forked from has that of the first cluster
         )
         self.scale(1)
+
+    def kill_workers(self) -> None:
+        """For good. What is left to be closed is closed as usual."""
+        for nanny in self.workers.values():
+            nanny.auto_restart = False
+            if nanny.pid:
+                with suppress(ProcessLookupError):
+                    os.kill(nanny.pid, signal.SIGKILL)
 
     def new_worker_spec(self) -> dict[Any, Any]:
         """The next worker; which device number it sees follows from how many there are."""

@@ -53,6 +53,8 @@ class Control:
         self.turn = threading.Event()
         """The segment is to end early, at an agreed round, and the run to go on with another plan."""
         self.abort = threading.Event()
+        self.hurry = threading.Event()
+        """With an abort: nobody is given time to tidy up."""
 
     def check(self) -> None:
         """While something is waited for. Raises Stopped where all is to end at once."""
@@ -298,7 +300,7 @@ class Partition:
 
     def _take_back(self, workers: list[str]) -> None:
         with suppress(ClusterError, *CLIENT_ERRORS):
-            within_s = AT_ONCE_S if self.control.abort.is_set() else REACH_S
+            within_s = AT_ONCE_S if self.control.hurry.is_set() else REACH_S
             there = self.cluster.there(within_s=min(within_s, ANSWER_S))
             workers = [worker for worker in workers if worker in there]  # a dead one would be tried for half a minute
             self._run(on_worker, "leave", self.control.scope, self.region, workers=workers, within_s=within_s)
@@ -309,7 +311,7 @@ class Partition:
         if lasts and self.workers:
             self.vacate()
         for thread in self._telling:
-            thread.join(AT_ONCE_S if self.control.abort.is_set() else None)
+            thread.join(AT_ONCE_S if self.control.hurry.is_set() else None)
 
     def abandon(self) -> None:
         """After a loss: the region's other workers end what they do. One that does not is ended, or else not used before it is free."""

@@ -82,4 +82,4 @@ class Partitions(Mapping[str, Partition]):
         except GeotrainError:
             return
         partition.leave()
-        partition.cluster.close()
+        partition.cluster.close(at_once=self._control.hurry.is_set())

@@ -125,6 +125,7 @@ class Run(Training):
             self.control.stop.set()
         elif what in ("stop", "force", "lost"):
             self._end_wanted = True
+            self.control.hurry.set()
             self.control.abort.set()
 
     def _asked_to_add(self, region: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 from distributed import LocalCluster as DaskLocalCluster
 from distributed.security import Security
@@ -142,6 +143,16 @@ def test_a_cluster_that_is_not_there_is_named(cluster: object, where: str, monke
     monkeypatch.setattr("geotrain.clusters.cluster.CONNECT_S", 1.0)
     with pytest.raises(ClusterUnreachable, match=f"region north: no Dask cluster at {where}"):
         open_cluster(region(cluster))
+
+
+def test_workers_of_this_machine_that_do_not_listen_can_be_ended_at_once() -> None:
+    with open_cluster(region(LocalCluster())) as cluster:
+        (pid,) = cluster.client.run(os.getpid, workers=cluster.scale(1)).values()
+        worker = psutil.Process(pid)
+        worker.suspend()
+        cluster.cluster.kill_workers()
+        worker.wait(30)
+        assert [nanny.auto_restart for nanny in cluster.cluster.workers.values()] == [False]
 
 
 def test_clusters_of_several_regions_start_side_by_side_in_a_fresh_process() -> None:
