@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import CancelledError, wait
+from concurrent.futures import CancelledError, Future, wait
 from contextlib import ExitStack, suppress
 from typing import Any, assert_never
 
@@ -23,8 +23,6 @@ _STARTING = threading.Lock()
 """Dask imports parts of itself while a cluster starts, and two threads that do so at once can see a half-imported module."""
 
 CONNECT_S = 30.0
-TRY_S = 3.0
-"""For one attempt."""
 ANSWER_S = 20.0
 """A scheduler that answers nothing for so long stands still."""
 LOOK_S = 0.1
@@ -40,11 +38,15 @@ CLIENT_ERRORS = (OSError, TimeoutError, ValueError, RuntimeError, AttributeError
 
 
 class ReachingClient(Client):
-    """Dask's leaves a thread and an event loop behind where nobody answers, until garbage is collected: which then may wait for itself."""
+    """Dask's waits for ever for a scheduler that stands still and whose machine takes the connection. It also leaves a thread and an event
+    loop behind where nobody answers, until garbage is collected: which then may wait for itself.
+    """
 
-    def __init__(self, *args: Any, **more: Any) -> None:
+    def __init__(self, *args: Any, timeout: float, check: Callable[[], None] = lambda: None, **more: Any) -> None:
+        """`check`: called while the scheduler does not answer; raises when nobody is to wait any longer."""
+        self._within_s, self._check_meanwhile = timeout, check
         try:
-            super().__init__(*args, **more)
+            super().__init__(*args, timeout=timeout, **more)
         except BaseException:
             with suppress(Exception):
                 self.close(1.0)
@@ -52,6 +54,23 @@ class ReachingClient(Client):
             if (runner := getattr(self, "_loop_runner", None)) is not None:
                 runner.stop()
             raise
+
+    def start(self, **more: Any) -> None:
+        if self.status != "newly-created":
+            return
+        self._loop_runner.start()
+        answer(asyncio.run_coroutine_threadsafe(self._start(**more), self.loop.asyncio_loop), self._within_s, self._check_meanwhile)
+
+
+def answer(asked: Future[Any], within_s: float, check: Callable[[], None]) -> Any:
+    """What comes of it. Raises TimeoutError, and what `check` raises, which is called while there is no answer."""
+    until = time.monotonic() + within_s
+    try:
+        while wait([asked], timeout=LOOK_S).not_done and time.monotonic() < until:
+            check()
+        return asked.result(timeout=0)
+    finally:
+        asked.cancel()
 
 
 class RegionCluster:
@@ -75,16 +94,9 @@ class RegionCluster:
 
         `check`: called while the scheduler does not answer; raises when nobody is to wait any longer. `within_s`: ANSWER_S unless told.
         """
-        until = time.monotonic() + (ANSWER_S if within_s is None else within_s)
         try:
             asked = asyncio.run_coroutine_threadsafe(self.client.scheduler.identity(n_workers=-1), self.client.loop.asyncio_loop)
-            try:
-                while not asked.done() and time.monotonic() < until:
-                    wait([asked], timeout=LOOK_S)
-                    check()
-                known = asked.result(timeout=0)["workers"]
-            finally:
-                asked.cancel()
+            known = answer(asked, ANSWER_S if within_s is None else within_s, check)["workers"]
         except CLIENT_ERRORS as error:
             raise ClusterUnreachable(self.region, self.where, error) from error
         return {address: worker["last_seen"] for address, worker in known.items()}
@@ -127,9 +139,11 @@ class RegionCluster:
 
     def close(self, *, at_once: bool = False) -> None:
         """`at_once`: processes of this machine get no time to end by themselves."""
-        if at_once and self.cluster is not None and hasattr(self.cluster, "kill_workers"):
-            self.cluster.kill_workers()
-        self._stack.close()
+        try:
+            if at_once and self.cluster is not None and hasattr(self.cluster, "kill_workers"):
+                self.cluster.kill_workers()
+        finally:
+            self._stack.close()
 
     def __enter__(self) -> "RegionCluster":
         return self
@@ -157,7 +171,8 @@ def open_cluster(spec: RegionSpec, connect_s: float | None = None, check: Callab
                 client = stack.enter_context(ReachingClient(cluster, set_as_default=False, timeout=CONNECT_S))
             case AddressCluster():
                 where, cluster = spec.cluster.address, None
-                client = stack.enter_context(_connect(where, _security(spec.cluster), CONNECT_S if connect_s is None else connect_s, check))
+                waits: dict[str, Any] = {"timeout": CONNECT_S if connect_s is None else connect_s, "check": check}
+                client = stack.enter_context(ReachingClient(where, set_as_default=False, security=_security(spec.cluster), **waits))
             case ClassCluster():
                 where = spec.cluster.path
                 with _STARTING:
@@ -173,23 +188,6 @@ def open_cluster(spec: RegionSpec, connect_s: float | None = None, check: Callab
             raise
         raise ClusterUnreachable(spec.name, where, error) from error  # whatever a provider's library raises
     return RegionCluster(spec.name, client, cluster, stack)
-
-
-def _connect(address: str, security: Security | None, within_s: float, check: Callable[[], None]) -> Client:
-    """A client of somebody's scheduler. Raises what Dask does."""
-    until = time.monotonic() + within_s
-    while True:
-        check()
-        began = time.monotonic()
-        this_s = min(until - began, TRY_S)
-        try:
-            client = ReachingClient(address, set_as_default=False, timeout=this_s, security=security)
-            client._timeout = within_s  # for a scheduler that it loses later
-            return client
-        except OSError:
-            ended = time.monotonic()
-            if ended >= until or ended < began + this_s:  # what is refused is refused the next time too
-                raise
 
 
 def _security(cluster: AddressCluster) -> Security | None:

@@ -45,8 +45,8 @@ class RegionLocalCluster(distributed.LocalCluster):
 
     def kill_workers(self) -> None:
         """For good. What is left to be closed is closed as usual."""
-        for nanny in self.workers.values():
-            nanny.auto_restart = False
+        for nanny in list(self.workers.values()):
+            nanny.close_gracefully()  # which is what keeps it from beginning another
             if nanny.pid:
                 with suppress(ProcessLookupError):
                     os.kill(nanny.pid, signal.SIGKILL)

@@ -24,7 +24,34 @@ class _Seat:
     closed: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     """Round -> (epoch, inner steps made of it after the round, rows of the round)."""
     by_others: dict[int, RoundMade] = field(default_factory=dict)
-    """Those of which only regions told that hold them."""
+    """What regions told that hold them: it counts, though its own leader has made more of a round."""
+    written: dict[int, RoundMade] = field(default_factory=dict)
+    """Of those, what was passed on by `untold`."""
+
+    def known(self) -> dict[int, tuple[int, int, int]]:
+        """As `closed`, of all that is known."""
+        return self.closed | {round: (made.epoch, made.done, made.samples) for round, made in self.by_others.items()}
+
+    def take(self, made: RoundMade) -> None:
+        """Who holds that told it."""
+        if (before := self.by_others.get(made.round)) is None or made.steps > before.steps:
+            self.by_others[made.round] = made
+
+    def untold(self) -> list[RoundMade]:
+        """What others told that its leader did not, or told otherwise; each once, and again when they hold more."""
+        found = [
+            made
+            for round, made in self.by_others.items()
+            if self.closed.get(round) != (made.epoch, made.done, made.samples) and self.written.get(round) != made
+        ]
+        self.written |= {made.round: made for made in found}
+        return found
+
+    def forget(self, first: int, end: float) -> None:
+        """All rounds but those from `first` on, and before `end`."""
+        for rounds in (self.closed, self.by_others, self.written):
+            for round in [round for round in rounds if not first <= round < end]:
+                del rounds[round]
 
 
 class Tally:
@@ -99,20 +126,18 @@ class Tally:
         life: int,
         rounds: Sequence[Mapping[str, Any]],
         settled: Mapping[str, int],
-        held: Sequence[Mapping[str, Any]] = (),
+        held: Sequence[Sequence[Any]] = (),
     ) -> None:
         """What a leader told. Of its own rounds only the others' word counts: theirs is what it will be given. One that is lost by now may
-        still say what it did, and holds nothing. `held`: RoundMade of others, as it told.
+        still say what it did, and holds nothing. `held`: the values of a RoundMade each, of others.
         """
         with self._lock:
             for record in rounds:
                 if (seat := self._seat(region, record["life"])) is not None:
                     seat.closed[record["round"]] = record["epoch"], record["done"], record["samples"]
-                    seat.by_others.pop(record["round"], None)
-            for made in [RoundMade(**facts) for facts in held]:
-                if (seat := self._seat(made.region, made.life)) is not None and made.round not in seat.closed:
-                    seat.closed[made.round] = made.epoch, made.done, made.samples
-                    seat.by_others[made.round] = made
+            for made in [RoundMade(*values) for values in held]:
+                if (seat := self._seat(made.region, made.life)) is not None:
+                    seat.take(made)
             if self._is_in(region, life):
                 claims = self._claims.setdefault(region, {})
                 claims.update({other: max(first, claims.get(other, 0)) for other, first in settled.items() if other != region})
@@ -121,13 +146,10 @@ class Tally:
         return next((seat for seat in self._seats.get(region, ()) if seat.life == life), None)
 
     def told_by_others(self) -> list[RoundMade]:
-        """Rounds of seats that were lost before they told of them, which others hold; each once."""
+        """Rounds of lost seats of which others hold what their own leaders did not tell, or only a part; each once."""
         with self._lock:
             lost = [seat for region, seats in self._seats.items() for seat in seats if not self._is_in(region, seat.life)]
-            found = [made for seat in lost for made in seat.by_others.values()]
-            for seat in lost:
-                seat.by_others.clear()
-            return found
+            return [made for seat in lost for made in seat.untold()]
 
     def healed(self, region: str, by: str, round: int) -> None:
         """It holds what another held before a round."""
@@ -156,12 +178,12 @@ class Tally:
             seat = seats[-1]
             if (last := _last_before(seat, self._held(region))) is None:
                 return Place(seat.cursor, seat.round)
-            return Place(seat.cursor, last + 1, seat.closed[last][:2])
+            return Place(seat.cursor, last + 1, seat.known()[last][:2])
 
     def newest(self) -> int:
         """The first round that no region has told of yet."""
         with self._lock:
-            return max((max(seats[-1].closed) + 1 for seats in self._seats.values() if seats[-1].closed), default=0)
+            return max((max(seats[-1].known()) + 1 for seats in self._seats.values() if seats[-1].known()), default=0)
 
     def rows_made_up(self) -> dict[str, int]:
         """Region -> rows of seats that were lost in this segment, in rounds that the others hold; each is told once."""
@@ -175,7 +197,7 @@ class Tally:
         """`until`: the first round of the region's next seat."""
         since, seats = self._lost_since.pop(region, math.inf), self._seats.get(region, ())
         end = min(until, self._held(region))
-        rows = sum(rows for seat in seats[-1:] for round, (_, _, rows) in seat.closed.items() if since <= round < end)
+        rows = sum(rows for seat in seats[-1:] for round, (_, _, rows) in seat.known().items() if since <= round < end)
         self._made_up[region] = self._made_up.get(region, 0) + rows
 
     def back_to(self, round: int) -> None:
@@ -188,7 +210,7 @@ class Tally:
             for seats in self._seats.values():
                 del seats[_at(seats, round) + 1 :]
                 for seat in seats:
-                    seat.closed = {closed: what for closed, what in seat.closed.items() if closed < round}
+                    seat.forget(0, round)
 
     def checkpoints(self, round: int, regions: Collection[str]) -> dict[str, int]:
         """A checkpoint is being made before that round, of these regions; of each other one the first of its rounds that is not in it."""
@@ -215,9 +237,7 @@ class Tally:
             for region, seats in self._seats.items():
                 del seats[: _at(seats, round)]
                 for seat in seats:
-                    last = _last_before(seat, self._stored.get(region, 0))
-                    seat.closed = {closed: what for closed, what in seat.closed.items() if last is None or closed >= last}
-                    seat.by_others = {closed: made for closed, made in seat.by_others.items() if closed in seat.closed}
+                    seat.forget(_last_before(seat, self._stored.get(region, 0)) or 0, math.inf)
 
     @classmethod
     def of(cls, folder: RunFolder, round: int) -> "Tally":
@@ -242,4 +262,4 @@ def _at(seats: Sequence[_Seat], round: int) -> int:
 
 def _last_before(seat: _Seat, round: int) -> int | None:
     """Its last round before that one."""
-    return max((closed for closed in seat.closed if closed < round), default=None)
+    return max((closed for closed in seat.known() if closed < round), default=None)

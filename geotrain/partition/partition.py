@@ -32,7 +32,7 @@ POLL_S = 0.1
 WORKERS_CHECK_S = 2.0
 TELL_S = 5.0
 REACH_S = 60.0
-AT_ONCE_S = 1.0
+AT_ONCE_S = 1.5
 """How long workers get to give up their seats when the run is to end at once."""
 REOPEN_S = 5.0
 """How long a scheduler that was lost may take to answer, each time it is tried."""
@@ -171,8 +171,8 @@ class Partition:
         except ClusterError:
             return False
 
-    def _usable(self) -> list[str]:
-        there = self.cluster.workers(self.control.check)
+    def _usable(self, check: Callable[[], None] | None = None) -> list[str]:
+        there = self.cluster.workers(check or self.control.check)
         self._unusable.intersection_update(there)  # one that went, and comes to the same address, is another
         for worker in [worker for worker, answer in self._owed.items() if answer.status != "pending"]:
             del self._owed[worker]
@@ -294,7 +294,7 @@ class Partition:
         self._unusable.update(workers)
         self._take_back(list(workers))
         try:
-            return bool(self._usable())
+            return bool(self._usable(check=lambda: None))
         except ClusterError:
             return False
 
@@ -366,7 +366,8 @@ class Partition:
                     self._tell("watched", self._known, self._asked)
                     if self._ended is self._lives:
                         self.tell_abort()
-                self._check_workers(futures, workers or self.workers, doing)
+                with suppress(Stopped):  # which is for the next turn
+                    self._check_workers(futures, workers or self.workers, doing, self.control.check)
             time.sleep(POLL_S if len(futures) > 1 else 0.02)
         patience_s = WORKERS_CHECK_S
         while all(future.status == "finished" for future in futures):
@@ -388,9 +389,9 @@ class Partition:
         except CLIENT_ERRORS:
             return
 
-    def _check_workers(self, futures: Sequence[Future], workers: list[str], doing: str) -> None:
+    def _check_workers(self, futures: Sequence[Future], workers: list[str], doing: str, check: Callable[[], None] = lambda: None) -> None:
         try:
-            there = self.cluster.there(self.control.check)
+            there = self.cluster.there(check)
         except ClusterUnreachable as error:
             raise ClusterUnreachable(self.region, error.named["where"], f"lost during {doing}: {error.named['detail']}") from error
         for worker in workers:

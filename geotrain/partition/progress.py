@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 from distributed import get_worker
@@ -33,7 +32,7 @@ class Reporter:
         self._waits = False
         """As it was told."""
         self._rounds: list[dict[str, Any]] = []
-        self._held: list[dict[str, Any]] = []
+        self._held: list[list[Any]] = []
         self._sent_at = 0.0
 
     def round(self, record: RoundRecord) -> None:
@@ -43,7 +42,7 @@ class Reporter:
 
     def holds(self, made: RoundMade) -> None:
         """A round of another region is in what this one holds: should the other be lost before it told of it, this one did."""
-        self._held.append(asdict(made))
+        self._held.append([getattr(made, name) for name in RoundMade.__slots__])
 
     def tell(self) -> None:
         """Now and then, what there is to tell; at once that a wait is over, since the next step may take long."""

@@ -45,6 +45,7 @@ from geotrain.sync.messages import (
     ViewChanged,
     Wake,
 )
+from geotrain.sync.pushing import PushMachine
 from geotrain.sync.replica import Replica
 from geotrain.wan.transport import Delivery, Transport
 
@@ -174,7 +175,9 @@ class ParameterServer:
         self.directive()
 
     def change_view(self, view: View) -> None:
-        """The control plane changed who is in."""
+        """The control plane changed who is in. What a push strategy then merges has the round under way, if nothing is wrong with it."""
+        if isinstance(self.machine, PushMachine) and self._losses and self._went_wrong():
+            self.machine.at.samples = 0
         self.handle(ViewChanged(view, self.clock()))
 
     def step_done(self, samples: int, loss: Tensor) -> Directive:

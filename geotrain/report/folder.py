@@ -105,7 +105,7 @@ class RunFolder:
         self._append("rounds.jsonl", record)
 
     def round_by_others(self, made: RoundMade) -> None:
-        """The same of a round of which its leader was not heard to tell; should that still come, its word counts."""
+        """The same by the word of those who hold the round: its leader was not heard to tell of it, or has made more of it."""
         unknown: dict[str, Any] = {"loss": None, "held_s": 0.0, "compute_s": None, "links": {}}
         self.round({**asdict(made), "at": time.time(), **unknown, "by_others": True})
 

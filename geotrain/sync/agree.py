@@ -18,7 +18,7 @@ class FullMerge:
     number: int = 0
     """How many there were before in this view."""
     agreed: int | None = None
-    """The round from which all go on, once agreed: later than any that a region had begun, which ends with what it has of it."""
+    """The round from which all go on, once agreed."""
     _replicas: dict[str, Update] = field(default_factory=dict)
 
     def begin(self) -> list[Instruction]:
@@ -47,7 +47,7 @@ class FullMerge:
             Kind.AGREED,
             at.view.epoch,
             at.region,
-            round=max([*(part.round for part in parts), *(last.round + 1 for part in parts for last in part.made[-1:])]),
+            round=max(part.round for part in parts),
             fragment=self.number,
             samples=sum(part.samples for part in parts),
             last=min((part.last for part in parts if part.last is not None), default=None),

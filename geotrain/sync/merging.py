@@ -35,7 +35,7 @@ from geotrain.sync.messages import (
     ViewChanged,
     Wake,
 )
-from geotrain.sync.progress import Progress, keep_early
+from geotrain.sync.progress import KEPT, Progress, keep_early
 from geotrain.sync.strategy import Merging, discount
 
 Place = tuple[int, int]
@@ -55,7 +55,7 @@ class MergeMachine:
     mine: dict[Place, Update] = field(default_factory=dict)
     """Own contributions of which it is not known yet whether a merge took them."""
     returned: dict[int, tuple[RoundMade, ...]] = field(default_factory=dict)
-    """Fragment -> rounds that a merge went on without; they are in what is contributed to it next."""
+    """Fragment -> the last rounds that merges went on without; they are in what is contributed to it next."""
     collected: dict[Place, dict[str, Update]] = field(default_factory=dict)
     """The owner's: contributions to fragments not merged yet."""
     merged: dict[Place, Update] = field(default_factory=dict)
@@ -179,7 +179,7 @@ class MergeMachine:
                 out.append(Settle(mine))
             else:
                 out.append(Return(mine, discount(1)))
-                self.returned[fragment] = (*self.returned.get(fragment, ()), *mine.made)
+                self.returned[fragment] = (*self.returned.get(fragment, ()), *mine.made)[-KEPT:]
             out.append(Apply(merged, 1.0, staleness, early=early))
             at.end_before(merged.last)
         self.applied += 1

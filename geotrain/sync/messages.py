@@ -25,7 +25,8 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class RoundMade:
-    """What a region trained on in a round. Who holds the round knows it, though the region was lost before it told anybody else."""
+    """What a region trained on in a round, or in a part of it. Who holds that knows this, though the region told nobody else before it was
+    lost."""
 
     region: str
     life: int
@@ -58,7 +59,7 @@ class Update:
     members: tuple[str, ...] = ()
     """Of a merge: the regions whose contributions are in it."""
     made: tuple[RoundMade, ...] = ()
-    """The rounds that are in it."""
+    """The rounds that are in it; of a full merge the last ones of its members, and what they had of the round under way."""
     lineage: int = 0
     """Of a HELLO: the last view in which its origin was up to date."""
 

@@ -99,6 +99,10 @@ class Progress:
         self.samples = 0 if event.void else self.samples + event.samples
         assert self.steps <= self.quota, (self.region, self.round, self.steps)
 
+    def remember(self, rounds: int) -> None:
+        """So many of its last rounds at least."""
+        self.lately = deque(self.lately, maxlen=max(KEPT, rounds))
+
     def made(self) -> RoundMade:
         """The round that this region is in, so far."""
         epoch = self.pace.epoch(self.round)
@@ -132,7 +136,7 @@ class Progress:
         Of a later round: the steps of the round under way are owed.
         """
         self.steps = 0
-        self.lately = deque((made for made in self.lately if made.round < round), maxlen=KEPT)
+        self.lately = deque((made for made in self.lately if made.round < round), maxlen=self.lately.maxlen)
         if round <= self.round and round in self._began:
             self.done = self._began[round]
             self._begin_round(round)

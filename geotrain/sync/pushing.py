@@ -50,6 +50,7 @@ class PushMachine:
     """Full merges done in this view."""
 
     def __post_init__(self) -> None:
+        self.at.remember(self.strategy.max_staleness + 2)
         self._hear_from(self.at.round)
 
     def _hear_from(self, round: int) -> None:

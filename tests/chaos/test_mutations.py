@@ -128,14 +128,6 @@ MUTATIONS = [
         schedules("asgd_ga-fp32"),
     ),
     Mutation(
-        "a round goes on that a full merge has in part",
-        FullMerge,
-        "received",
-        "*(last.round + 1 for part in parts for last in part.made[-1:])",
-        "*()",
-        schedules("asgd_ga-fp32"),
-    ),
-    Mutation(
         "a state is adopted and the round is not", MergeMachine, "_adopt", "self.applied = state.round", "pass", schedules("diloco-fp32")
     ),
     Mutation("steps of a round are not counted for the epoch", Progress, "jump", "self.done += self.steps", "pass", schedules("ma-fp32")),

@@ -645,14 +645,18 @@ def test_a_regions_scheduler_that_stands_still_is_left_out_until_it_goes_on(tmp_
     without_a_scheduler(tmp_path, "ma", stand_still)
 
 
+@pytest.mark.parametrize("reached_anew", [False, pytest.param(True, marks=pytest.mark.chaos)])
 def test_a_run_that_is_to_end_at_once_does_not_wait_for_a_scheduler_that_stands_still(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reached_anew: bool
 ) -> None:
-    monkeypatch.setattr("geotrain.clusters.cluster.ANSWER_S", 600.0)
+    monkeypatch.setattr("geotrain.clusters.cluster.ANSWER_S", 2.0 if reached_anew else 600.0)
+    monkeypatch.setattr("geotrain.partition.partition.REOPEN_S", 600.0)
 
     def strike(run: Run, theirs: DaskProcesses) -> None:
         theirs.processes[0].send_signal(signal.SIGSTOP)
-        time.sleep(3.0)  # somebody has asked it for its workers by now
+        if reached_anew:
+            wait_for(lambda: events(run, "lost") != [])
+        time.sleep(3.0)  # somebody has asked it for its workers by now, or for a connection
         ask(run.folder.url, "force")
 
     with pytest.raises(Stopped):

@@ -20,6 +20,10 @@ def rounds(life: int, first: int, end: int) -> list[dict[str, Any]]:
     ]
 
 
+def values(told: list[dict[str, Any]]) -> list[list[Any]]:
+    return [list(one.values()) for one in told]
+
+
 def a_run() -> Tally:
     """North trains, and what it holds of south is told; south has its first seat."""
     tally = Tally()
@@ -56,7 +60,7 @@ def test_rows_of_a_lost_seat_count_as_far_as_others_hold_them_and_once() -> None
 def test_rounds_that_a_leader_had_not_told_of_are_known_from_those_who_hold_them() -> None:
     tally = a_run()
     tally.heard("south", 1, rounds(1, 0, 127), {})
-    tally.heard("north", 9, [], {"south": 129}, rounds(1, 125, 129))
+    tally.heard("north", 9, [], {"south": 129}, values(rounds(1, 125, 129)))
     assert tally.told_by_others() == [], "it may still tell"
     tally.heard("south", 1, rounds(1, 127, 128), {})
     tally.lost("south", epoch=1, since=100)
@@ -64,9 +68,24 @@ def test_rounds_that_a_leader_had_not_told_of_are_known_from_those_who_hold_them
     assert tally.told_by_others() == []
     assert tally.place("south") == Place(AT_0, 129, (12, 18)), "none of its rows is trained on again"
     assert tally.rows_made_up()["south"] == 29 * 20
-    tally.heard("north", 9, [], {"south": 130}, rounds(1, 129, 130))
+    tally.heard("north", 9, [], {"south": 130}, values(rounds(1, 129, 130)))
     assert [made.round for made in tally.told_by_others()] == [129], "heard late"
     assert tally.held_of_absent() == {"south": 130}
+
+
+def test_a_region_goes_on_in_the_round_of_which_the_others_hold_a_part() -> None:
+    """It was lost after a merge of all that had its round under way in part; it had made all of it, and told so."""
+    tally, (told,) = a_run(), rounds(1, 5, 6)
+    tally.heard("south", 1, rounds(1, 0, 6), {})
+    tally.heard("north", 9, [], {"south": 6}, values([{**told, "done": 11, "steps": 1, "samples": 10}]))
+    tally.lost("south", epoch=1, since=0)
+    assert tally.place("south") == Place(AT_0, 6, (0, 11))
+    assert [(made.round, made.steps) for made in tally.told_by_others()] == [(5, 1)]
+    assert tally.rows_made_up()["south"] == 5 * 20 + 10
+    tally.heard("north", 9, [], {"south": 6}, values([told]))
+    assert tally.place("south") == Place(AT_0, 6, (0, 12)), "the rest had come too"
+    tally.heard("west", 5, [], {"south": 6}, values([{**told, "done": 11, "steps": 1, "samples": 10}]))
+    assert tally.place("south") == Place(AT_0, 6, (0, 12)), "heard late"
 
 
 def test_it_is_settled_what_others_hold_once_they_told_something_in_a_view_without_the_region() -> None:

@@ -92,6 +92,12 @@ def test_one_that_was_busy_for_too_long_does_once_it_is_free(partition: Partitio
     assert partition.workers == ["a", "b"]
 
 
+def test_workers_are_let_go_after_a_failure_too(partition: Partition, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partition, "_take_back", lambda workers: None)
+    partition.control.abort.set()
+    assert partition.let_go(["a"])
+
+
 def test_nobody_waits_for_workers_of_a_run_that_is_to_end(partition: Partition) -> None:
     partition.control.abort.set()
     with pytest.raises(Stopped):

@@ -92,6 +92,32 @@ def test_a_round_that_only_others_told_of_counts_unless_its_leader_did(folder: R
     assert counted(folder) == {"north": 12, "south": 11}, "heard late"
 
 
+def test_of_a_round_that_others_hold_in_part_that_part_counts(folder: RunFolder) -> None:
+    for region in ("north", "south"):
+        seated(folder, region, 1, 0)
+    made(folder, "south", 1, range(10))
+    whole = {"at": 0.0, "region": "south", "life": 1, "round": 10, "epoch": 0, "done": 14, "steps": 4, "samples": 4, "settled": {}}
+    folder.round(whole)
+    for steps in (1, 3, 2):
+        folder.round_by_others(RoundMade("south", 1, 10, epoch=0, done=10 + steps, steps=steps, samples=steps))
+    made(folder, "north", 1, range(12), south=11)
+    folder.event("lost", region="south", message="killed")
+    assert counted(folder) == {"north": 12, "south": 13}
+    folder.round_by_others(RoundMade("south", 1, 10, epoch=0, done=14, steps=4, samples=4))
+    assert counted(folder) == {"north": 12, "south": 14}, "told later"
+
+
+def test_who_was_lost_while_a_checkpoint_was_written_is_in_it(folder: RunFolder) -> None:
+    for region in ("north", "south"):
+        seated(folder, region, 1, 0)
+        made(folder, region, 1, range(20))
+    folder.event("segment", round=20, hashes={"north": "a", "south": "a"}, held_of_absent={})
+    folder.event("lost", region="south", message="killed", held_of_absent={"south": 17})
+    assert counted(folder) == {"north": 20, "south": 17}
+    folder.event("checkpoint", round=20)
+    assert counted(folder) == {"north": 20, "south": 20}
+
+
 def test_what_a_checkpoint_says_of_a_region_that_is_away_is_final(folder: RunFolder) -> None:
     """Its last merge was told in no round, or by one that was lost with it."""
     for region in ("north", "south"):
