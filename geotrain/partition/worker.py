@@ -2,6 +2,7 @@
 
 import socket
 import sys
+import threading
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ from geotrain.sync.messages import View
 _SEATS: dict[tuple[str, str], Seat] = {}
 """This process's seats, by scope and region: the state that stays resident between segments."""
 
+
+LEFT_S = 60.0
+"""How long a seat that was told to end may be taken back."""
 
 DEVICE_FAULTS = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", MemoryError))
 
@@ -69,11 +73,12 @@ def _stop_profiler() -> None:
 
 def train_segment(scope: str, region: str, order: SegmentOrder) -> SegmentDone | None:
     seat = _seat(scope, region)
-    with blamed_on_device(region):
-        done = seat.segment(order)
-    if seat.lapsed_at is not None:
-        leave(scope, region)
-    return done
+    try:
+        with blamed_on_device(region):
+            return seat.segment(order)
+    finally:
+        if seat.lapsed_at is not None:
+            leave(scope, region)
 
 
 def evaluate_seat(scope: str, region: str) -> dict[str, tuple[float, float]]:
@@ -83,7 +88,10 @@ def evaluate_seat(scope: str, region: str) -> dict[str, tuple[float, float]]:
 
 def reach(scope: str, region: str, addresses: dict[str, str]) -> dict[str, str | None]:
     """Where there is no seat, there is nobody to whom a link could be cut."""
-    return _SEATS[scope, region].reach(addresses) if (scope, region) in _SEATS else dict.fromkeys(addresses)
+    if (seat := _SEATS.get((scope, region))) is None:
+        return dict.fromkeys(addresses)
+    seat.watched_at = time.monotonic()
+    return seat.reach(addresses)
 
 
 def merge_fully(scope: str, region: str, directory: Directory) -> tuple[str, dict[str, dict[str, Any]], float]:
@@ -140,9 +148,27 @@ def here() -> None:
 
 
 def abort(scope: str, region: str, lives: Collection[int]) -> None:
-    """Runs beside the segment of a seat that is one of these: end it at once."""
+    """Runs beside the segment of a seat that is one of these: end it at once. It is given up once nobody asks anything of it any more."""
     if holds(scope, region, lives):
-        _SEATS[scope, region].aborted.set()
+        seat = _SEATS[scope, region]
+        seat.watched_at = time.monotonic()
+        if not seat.aborted.is_set():
+            seat.aborted.set()
+            _leave_later(scope, region, seat)
+
+
+def _leave_later(scope: str, region: str, seat: Seat) -> None:
+    def look() -> None:
+        if _SEATS.get((scope, region)) is not seat:
+            return
+        if time.monotonic() - seat.watched_at < LEFT_S:
+            _leave_later(scope, region, seat)
+        else:
+            leave(scope, region)
+
+    later = threading.Timer(LEFT_S, look)
+    later.daemon = True
+    later.start()
 
 
 def holds(scope: str, region: str, lives: Collection[int]) -> bool:
