@@ -7,7 +7,8 @@ from geotrain.checkpoint import Manifest, StoredPart, commit, join, read_bytes
 from geotrain.metrics import add_sums, means
 from geotrain.partition.orders import SegmentDone
 from geotrain.report.folder import RunFolder
-from geotrain.report.ledger import samples_counted, seats_of
+from geotrain.report.ledger import samples_counted
+from geotrain.report.seats import seats_of
 from geotrain.stores import open_url
 from geotrain.sync.messages import RoundMade
 

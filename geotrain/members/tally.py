@@ -10,7 +10,7 @@ from typing import Any
 
 from geotrain.partition.orders import Place
 from geotrain.report.folder import RunFolder
-from geotrain.report.ledger import seats_of
+from geotrain.report.seats import seats_of
 from geotrain.sync.messages import RoundMade
 
 

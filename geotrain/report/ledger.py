@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from geotrain.data.inventory import Inventory, RowGroup
-from geotrain.data.ledger import EpochOfRows, RoundOfRows, Seating, account, named, rounds_of
+from geotrain.data.ledger import EpochOfRows, Seating, account, named, rounds_of
 from geotrain.errors import OutputUnwritable
 from geotrain.report.folder import RunFolder
+from geotrain.report.seats import seats_of
 
 SPENT = pa.schema(
     [
@@ -108,83 +108,3 @@ def _accounts(folder: RunFolder) -> Iterator[tuple[str, tuple[RowGroup, ...], li
 def _seatings(folder: RunFolder, back_to: float = math.inf) -> dict[str, list[Seating]]:
     """Region -> its seats, the oldest first, with their rounds, and up to where these count."""
     return {region: [lives[life] for life in sorted(lives)] for region, lives in seats_of(folder, back_to)[0].items()}
-
-
-def seats_of(folder: RunFolder, back_to: float = math.inf) -> tuple[dict[str, dict[int, Seating]], dict[str, int]]:
-    """(region -> life -> its seat, with its rounds, and up to where these count; region -> the first of its rounds that no other holds).
-
-    `back_to`: the run goes on from before that round.
-    """
-    seats: dict[str, dict[int, Seating]] = {}
-    held: dict[str, int] = {}
-    absent: dict[str, int] = {}
-    """The same of regions that are away, as the others had told when one was lost or a checkpoint was made: what those held who were lost
-    since is not in it."""
-    staged: dict[int, dict[str, int]] = {}
-    """Round of a checkpoint -> the same of all regions, once it is committed."""
-    away: set[str] = set()
-
-    def go_back(round: float) -> None:
-        for seat in [seat for lives in seats.values() for seat in lives.values()]:
-            seat.until = min(seat.until, round)
-        for firsts in (held, absent):
-            firsts.update({region: int(min(before, round)) for region, before in firsts.items()})
-
-    for event in folder.lines("events.jsonl"):
-        match event["event"]:
-            case "seated":
-                seats.setdefault(event["region"], {})[event["life"]] = Seating(event["cursor"], event["round"])
-                away.discard(event["region"])
-                absent.pop(event["region"], None)
-            case "lost":
-                away.add(event["region"])
-                absent |= event.get("held_of_absent", {})
-            case "segment":  # at whose end all had the same, themselves among them
-                held |= dict.fromkeys(event.get("hashes", ()), event["round"])
-                absent |= event.get("held_of_absent", {})
-                staged[event["round"]] = dict.fromkeys(event.get("hashes", ()), event["round"]) | event.get("held_of_absent", {})
-            case "checkpoint":  # who was lost meanwhile is in it
-                absent |= {
-                    region: max(first, absent[region]) for region, first in staged.get(event["round"], {}).items() if region in absent
-                }
-            case "rolled_back" | "resumed":
-                go_back(event["round"])
-            case "bad_checkpoint" if event.get("back_to") is not None:
-                go_back(event["back_to"])
-    go_back(back_to)
-    told: dict[str, int] = {}
-    by_others: dict[tuple[str, int, int], tuple[Seating, RoundOfRows]] = {}
-    for record in folder.lines("rounds.jsonl"):
-        if (seat := seats.get(record["region"], {}).get(record["life"])) is None:
-            continue  # the process was killed before it could say that
-        void = bool(record["steps"]) and not record["samples"]
-        made = RoundOfRows(record["round"], record["epoch"], record["done"], record["steps"], void, record["samples"])
-        if record.get("by_others"):
-            place = record["region"], record["life"], made.round
-            known = by_others.setdefault(place, (seat, made))[1]
-            by_others[place] = seat, max(known, made, key=lambda told: told.steps)
-            continue
-        seat.rounds.append(made)
-        if record["region"] in away or record["life"] != max(seats[record["region"]]):
-            continue  # what it held was lost with it, but for what those had who were left
-        for other, first in record.get("settled", {}).items():
-            if other != record["region"]:
-                told[other] = max(told.get(other, 0), int(min(first, seat.until)))
-    for seat, made in by_others.values():
-        _take_from_others(seat, made)
-    held |= absent
-    held |= {region: max(first, held.get(region, 0)) for region, first in told.items()}
-    for region in away & seats.keys():  # what only it had went with it
-        last = seats[region][max(seats[region])]
-        last.until = min(last.until, held.get(region, 0))
-    return seats, held
-
-
-def _take_from_others(seat: Seating, made: RoundOfRows) -> None:
-    """What they hold of a round counts; what its own leader made of it beyond that was lost with it."""
-    own = next((own for own in reversed(seat.rounds) if own.round == made.round), None)
-    if own is not None:
-        if own.steps <= made.steps:
-            return
-        seat.rounds[seat.rounds.index(own)] = replace(own, steps=own.steps - made.steps, samples=own.samples - made.samples)
-    seat.rounds.append(made)
