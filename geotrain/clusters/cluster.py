@@ -3,6 +3,7 @@
 import asyncio
 import importlib
 import logging
+import math
 import os
 import threading
 import time
@@ -43,7 +44,9 @@ class ReachingClient(Client):
     """
 
     def __init__(self, *args: Any, timeout: float, check: Callable[[], None] = lambda: None, **more: Any) -> None:
-        """`check`: called while the scheduler does not answer; raises when nobody is to wait any longer."""
+        """`check`: called while the scheduler does not answer; raises when nobody is to wait any longer. `timeout`: of a cluster that is
+        being begun for its scheduler alone, not for its first worker.
+        """
         self._within_s, self._check_meanwhile = timeout, check
         try:
             super().__init__(*args, timeout=timeout, **more)
@@ -59,7 +62,8 @@ class ReachingClient(Client):
         if self.status != "newly-created":
             return
         self._loop_runner.start()
-        answer(asyncio.run_coroutine_threadsafe(self._start(**more), self.loop.asyncio_loop), self._within_s, self._check_meanwhile)
+        within_s = self._within_s if self.cluster is None else math.inf
+        answer(asyncio.run_coroutine_threadsafe(self._start(**more), self.loop.asyncio_loop), within_s, self._check_meanwhile)
 
 
 def answer(asked: Future[Any], within_s: float, check: Callable[[], None]) -> Any:

@@ -61,7 +61,8 @@ def _seats(folder: RunFolder) -> tuple[dict[str, int], set[str]]:
 
 def _make_up_rounds(folder: RunFolder, done: Sequence[SegmentDone]) -> None:
     """Put into rounds.jsonl what nobody was left to put there."""
-    there = {(record["region"], record["life"], record["round"]) for record in folder.lines("rounds.jsonl")}
+    records = (record for record in folder.lines("rounds.jsonl") if not record.get("by_others"))
+    there = {(record["region"], record["life"], record["round"]) for record in records}
     for part in done:
         for made in (RoundMade(part.region, part.life, *closed) for closed in part.closed):
             if (made.region, made.life, made.round) not in there:

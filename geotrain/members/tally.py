@@ -23,33 +23,42 @@ class _Seat:
     """Its first."""
     closed: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     """Round -> (epoch, inner steps made of it after the round, rows of the round)."""
-    by_others: dict[int, RoundMade] = field(default_factory=dict)
-    """What regions told that hold them: it counts, though its own leader has made more of a round."""
+    by: dict[str, dict[int, RoundMade]] = field(default_factory=dict)
+    """Region that is in -> those that it holds, as it told: that counts, though the seat's own leader has made more of a round."""
     written: dict[int, RoundMade] = field(default_factory=dict)
-    """Of those, what was passed on by `untold`."""
+    """What was passed on by `untold`."""
+
+    def take(self, teller: str, made: RoundMade) -> None:
+        """It holds that."""
+        there = self.by.setdefault(teller, {})
+        if (before := there.get(made.round)) is None or made.steps > before.steps:
+            there[made.round] = made
+
+    def by_others(self) -> dict[int, RoundMade]:
+        """Of each round the most that anybody holds."""
+        found: dict[int, RoundMade] = {}
+        for there in self.by.values():
+            found |= {round: made for round, made in there.items() if round not in found or made.steps > found[round].steps}
+        return found
 
     def known(self) -> dict[int, tuple[int, int, int]]:
         """As `closed`, of all that is known."""
-        return self.closed | {round: (made.epoch, made.done, made.samples) for round, made in self.by_others.items()}
-
-    def take(self, made: RoundMade) -> None:
-        """Who holds that told it."""
-        if (before := self.by_others.get(made.round)) is None or made.steps > before.steps:
-            self.by_others[made.round] = made
+        return self.closed | {round: _short(made) for round, made in self.by_others().items()}
 
     def untold(self) -> list[RoundMade]:
-        """What others told that its leader did not, or told otherwise; each once, and again when they hold more."""
+        """What others told that its leader did not, or told otherwise; each once, and again when they hold something else."""
         found = [
             made
-            for round, made in self.by_others.items()
-            if self.closed.get(round) != (made.epoch, made.done, made.samples) and self.written.get(round) != made
+            for round, made in self.by_others().items()
+            if (_short(made) != self.closed.get(round) if round not in self.written else made != self.written[round])
         ]
         self.written |= {made.round: made for made in found}
         return found
 
     def forget(self, first: int, end: float) -> None:
         """All rounds but those from `first` on, and before `end`."""
-        for rounds in (self.closed, self.by_others, self.written):
+        kept: list[dict[int, Any]] = [self.closed, self.written, *self.by.values()]
+        for rounds in kept:
             for round in [round for round in rounds if not first <= round < end]:
                 del rounds[round]
 
@@ -101,6 +110,11 @@ class Tally:
         self._claims.pop(region, None)
         self._told_in.pop(region, None)
         self._healed.discard(region)
+        for seat in self._all_seats():
+            seat.by.pop(region, None)
+
+    def _all_seats(self) -> list[_Seat]:
+        return [seat for seats in self._seats.values() for seat in seats]
 
     def told(self, region: str, epoch: float) -> None:
         """It told something in the view of that epoch."""
@@ -135,10 +149,11 @@ class Tally:
             for record in rounds:
                 if (seat := self._seat(region, record["life"])) is not None:
                     seat.closed[record["round"]] = record["epoch"], record["done"], record["samples"]
-            for made in [RoundMade(*values) for values in held]:
-                if (seat := self._seat(made.region, made.life)) is not None:
-                    seat.take(made)
             if self._is_in(region, life):
+                for made in [RoundMade(*values) for values in held]:
+                    seat = self._seat(made.region, made.life)
+                    if seat is not None and seat is self._seats[made.region][-1] and made.region != region:
+                        seat.take(region, made)
                 claims = self._claims.setdefault(region, {})
                 claims.update({other: max(first, claims.get(other, 0)) for other, first in settled.items() if other != region})
 
@@ -158,6 +173,8 @@ class Tally:
                 held = {**self._claims.get(by, {}), by: round}
                 self._claims[region] = {other: min(first, round) for other, first in held.items() if other != region}
                 self._healed.add(region)
+                for seat in self._all_seats():
+                    seat.by[region] = {made.round: made for made in seat.by.get(by, {}).values() if made.round < round}
 
     def came_in(self, region: str) -> None:
         """It trains: where it was not healed it took part in a merge of all, and holds what the others do."""
@@ -165,6 +182,8 @@ class Tally:
             if region in self._in and region not in self._healed:
                 others = {other for claims in self._claims.values() for other in claims}
                 self._claims[region] = {other: self._held(other) for other in others if other != region}
+                for seat in self._all_seats():
+                    seat.by[region] = seat.by_others()
 
     def _held(self, region: str) -> int:
         """The first of its rounds that neither the last checkpoint nor another region holds."""
@@ -253,6 +272,10 @@ class Tally:
                 tally._seats.setdefault(region, []).append(_Seat(life, seating.cursor, seating.round, closed))
         tally.back_to(round)
         return tally
+
+
+def _short(made: RoundMade) -> tuple[int, int, int]:
+    return made.epoch, made.done, made.samples
 
 
 def _at(seats: Sequence[_Seat], round: int) -> int:

@@ -61,6 +61,11 @@ class Control:
         if self.abort.is_set():
             raise Stopped(self.run)
 
+    def check_hurry(self) -> None:
+        """The same where there is something to be tidied up after a failure. Raises Stopped where nobody is given time for that."""
+        if self.hurry.is_set():
+            raise Stopped(self.run)
+
     @property
     def scope(self) -> str:
         return scope_of(self.run, self._lease())
@@ -294,7 +299,7 @@ class Partition:
         self._unusable.update(workers)
         self._take_back(list(workers))
         try:
-            return bool(self._usable(check=lambda: None))
+            return bool(self._usable(self.control.check_hurry))
         except ClusterError:
             return False
 
@@ -389,9 +394,9 @@ class Partition:
         except CLIENT_ERRORS:
             return
 
-    def _check_workers(self, futures: Sequence[Future], workers: list[str], doing: str, check: Callable[[], None] = lambda: None) -> None:
+    def _check_workers(self, futures: Sequence[Future], workers: list[str], doing: str, check: Callable[[], None] | None = None) -> None:
         try:
-            there = self.cluster.there(check)
+            there = self.cluster.there(check or self.control.check_hurry)
         except ClusterUnreachable as error:
             raise ClusterUnreachable(self.region, error.named["where"], f"lost during {doing}: {error.named['detail']}") from error
         for worker in workers:

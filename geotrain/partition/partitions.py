@@ -44,7 +44,11 @@ class Partitions(Mapping[str, Partition]):
 
     def _open(self, region: str) -> Partition:
         cluster = open_cluster(self._job.region(region), check=self._check)
-        self._up[region] = self.make(self._job, region, cluster)
+        try:
+            self._up[region] = self.make(self._job, region, cluster)
+        except BaseException:
+            cluster.close()
+            raise
         self._board.status(region, "cluster is up")
         return self._up[region]
 

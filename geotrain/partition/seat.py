@@ -57,6 +57,8 @@ class Seat:
         self.aborted = threading.Event()
         self.watched_at = time.monotonic()
         """When the control plane last gave a sign of life."""
+        self.running = False
+        """It trains a segment."""
         self.lapsed_at: float | None = None
         """When it was noticed that nobody waits for this seat's work any more."""
         self._seconds = 0.0

@@ -175,9 +175,11 @@ class ParameterServer:
         self.directive()
 
     def change_view(self, view: View) -> None:
-        """The control plane changed who is in. What a push strategy then merges has the round under way, if nothing is wrong with it."""
-        if isinstance(self.machine, PushMachine) and self._losses and self._went_wrong():
-            self.machine.at.samples = 0
+        """The control plane changed who is in. What a push strategy then merges has the round under way: one that is wrong ends before."""
+        at = self.machine.at
+        if isinstance(self.machine, PushMachine) and view.epoch > at.view.epoch and self._losses and self._went_wrong():
+            at.samples = 0
+            self._close_round(at.close_round(self.clock()).made)
         self.handle(ViewChanged(view, self.clock()))
 
     def step_done(self, samples: int, loss: Tensor) -> Directive:
@@ -219,7 +221,7 @@ class ParameterServer:
             return
         first = self._losses[0][0]
         weights = torch.tensor([rows for _, rows in self._losses], dtype=first.dtype, device=first.device)
-        self._round_loss = (torch.stack([mean for mean, _ in self._losses]) * weights).sum().item()
+        self._round_loss += (torch.stack([mean for mean, _ in self._losses]) * weights).sum().item()
         self._losses.clear()
 
     def directive(self) -> Directive:

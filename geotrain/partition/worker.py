@@ -21,6 +21,9 @@ _SEATS: dict[tuple[str, str], Seat] = {}
 """This process's seats, by scope and region: the state that stays resident between segments."""
 
 
+_CHANGING = threading.RLock()
+"""Held while a seat is given up: another takes its port, and its group."""
+
 LEFT_S = 60.0
 """How long a seat that was told to end may be taken back."""
 
@@ -49,10 +52,11 @@ def device_fault(error: BaseException) -> str | None:
 
 def take_seat(order: SeatOrder) -> SeatTaken:
     """Make this process's seat; one left over from an earlier attempt is closed first. Raises Stopped for who is not in charge any more."""
-    for scope, region in [key for key, old in _SEATS.items() if (old.order.run, old.order.region) == (order.run, order.region)]:
-        if _SEATS[scope, region].order.lease > order.lease:
-            raise Stopped(order.run)
-        leave(scope, region)
+    with _CHANGING:
+        for scope, region in [key for key, old in _SEATS.items() if (old.order.run, old.order.region) == (order.run, order.region)]:
+            if _SEATS[scope, region].order.lease > order.lease:
+                raise Stopped(order.run)
+            leave(scope, region)
     _stop_profiler()
     with blamed_on_device(order.region):
         seat = Seat(order)
@@ -73,10 +77,12 @@ def _stop_profiler() -> None:
 
 def train_segment(scope: str, region: str, order: SegmentOrder) -> SegmentDone | None:
     seat = _seat(scope, region)
+    seat.running = True
     try:
         with blamed_on_device(region):
             return seat.segment(order)
     finally:
+        seat.running = False
         if seat.lapsed_at is not None:
             leave(scope, region)
 
@@ -159,12 +165,13 @@ def abort(scope: str, region: str, lives: Collection[int]) -> None:
 
 def _leave_later(scope: str, region: str, seat: Seat) -> None:
     def look() -> None:
-        if _SEATS.get((scope, region)) is not seat:
-            return
-        if time.monotonic() - seat.watched_at < LEFT_S:
-            _leave_later(scope, region, seat)
-        else:
-            leave(scope, region)
+        with _CHANGING:
+            if _SEATS.get((scope, region)) is not seat:
+                return
+            if seat.running or time.monotonic() - seat.watched_at < LEFT_S:
+                _leave_later(scope, region, seat)
+            else:
+                leave(scope, region)
 
     later = threading.Timer(LEFT_S, look)
     later.daemon = True
@@ -178,8 +185,9 @@ def holds(scope: str, region: str, lives: Collection[int]) -> bool:
 
 def leave(scope: str, region: str) -> None:
     """Give the seat up: threads, port and group."""
-    if (seat := _SEATS.pop((scope, region), None)) is not None:
-        seat.close()
+    with _CHANGING:
+        if (seat := _SEATS.pop((scope, region), None)) is not None:
+            seat.close()
 
 
 def meeting_point() -> str:

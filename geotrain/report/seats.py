@@ -40,7 +40,7 @@ class _History:
         """The same, as those have told that are in at the end."""
         self._away: set[str] = set()
         self._by_others: dict[tuple[str, int, int], RoundOfRows] = {}
-        """(region, life, round) -> the most that others told of it."""
+        """(region, life, round) -> what others told of it last: the most that one of them held then."""
 
     def event(self, event: Mapping[str, Any]) -> None:
         match event["event"]:
@@ -78,8 +78,7 @@ class _History:
         void = bool(record["steps"]) and not record["samples"]
         made = RoundOfRows(record["round"], record["epoch"], record["done"], record["steps"], void, record["samples"])
         if record.get("by_others"):
-            known = self._by_others.setdefault((region, life, made.round), made)
-            self._by_others[region, life, made.round] = max(known, made, key=lambda told: told.steps)
+            self._by_others[region, life, made.round] = made
             return
         seat.rounds.append(made)
         if region in self._away or life != max(self.seats[region]):
@@ -103,7 +102,8 @@ def _take_from_others(seat: Seating, made: RoundOfRows) -> None:
     """What they hold of a round counts; what its own leader made of it beyond that was lost with it."""
     own = next((own for own in reversed(seat.rounds) if own.round == made.round), None)
     if own is not None:
-        if own.steps <= made.steps:
-            return
-        seat.rounds[seat.rounds.index(own)] = replace(own, steps=own.steps - made.steps, samples=own.samples - made.samples)
+        rest = own.steps - made.steps
+        seat.rounds.remove(own)
+        if rest > 0:
+            seat.rounds.append(replace(own, steps=rest, samples=own.samples - made.samples))
     seat.rounds.append(made)

@@ -24,7 +24,8 @@ class FullMerge:
     def begin(self) -> list[Instruction]:
         at, owner = self.at, self.at.view.owner(0)
         samples = 0 if at.fresh else at.rows
-        made = (*at.lately, *([at.made()] if at.steps else []))
+        absent = [made for region, made in sorted(at.newest.items()) if not at.view.has(region)]
+        made = (*at.lately, *([at.made()] if at.steps else []), *absent)
         mine = Update(Kind.REPLICA, at.view.epoch, at.region, at.round, self.number, samples, at.last, made=made)
         return [Produce(mine), *(self.received(mine) if owner == at.region else [Send(mine, owner)])]
 
@@ -59,6 +60,8 @@ class FullMerge:
     def _agree(self, mean: Update) -> list[Instruction]:
         self.agreed = mean.round
         self.at.end_before(mean.last)
+        for made in mean.made:
+            self.at.heard_of(made)
         return [Apply(mean, 1.0, 0)]
 
     def abandon(self) -> list[Instruction]:

@@ -59,7 +59,8 @@ class Update:
     members: tuple[str, ...] = ()
     """Of a merge: the regions whose contributions are in it."""
     made: tuple[RoundMade, ...] = ()
-    """The rounds that are in it; of a full merge the last ones of its members, and what they had of the round under way."""
+    """The rounds that are in it. Of a full merge: the last ones of its members, and what they had of the round under way; and the last of
+    other regions that a member holds."""
     lineage: int = 0
     """Of a HELLO: the last view in which its origin was up to date."""
 

@@ -53,6 +53,8 @@ class Progress:
     stop_asked: bool = False
     lately: deque[RoundMade] = field(default_factory=lambda: deque(maxlen=KEPT))
     """Its last rounds."""
+    newest: dict[str, RoundMade] = field(default_factory=dict)
+    """Other region -> the last of its rounds that came here, of a push strategy."""
     _quota: int | None = None
     _began: dict[int, int] = field(default_factory=dict)
     """`done` at the beginning of the last rounds."""
@@ -102,6 +104,11 @@ class Progress:
     def remember(self, rounds: int) -> None:
         """So many of its last rounds at least."""
         self.lately = deque(self.lately, maxlen=max(KEPT, rounds))
+
+    def heard_of(self, made: RoundMade) -> None:
+        """That round came here."""
+        if (before := self.newest.get(made.region)) is None or before.round < made.round:
+            self.newest[made.region] = made
 
     def made(self) -> RoundMade:
         """The round that this region is in, so far."""

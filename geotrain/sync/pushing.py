@@ -135,6 +135,8 @@ class PushMachine:
         if update.round < self.heard[update.origin] or update.round in self.apart[update.origin]:
             return [Discard(update, "already applied")]
         self._note(update)
+        for made in update.made:
+            at.heard_of(made)
         at.end_before(update.last)
         staleness = max(0, at.round - 1 - update.round)
         out: list[Instruction] = [Apply(update, self.strategy.weight(staleness, len(at.view.regions)), staleness)]

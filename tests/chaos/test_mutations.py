@@ -123,7 +123,7 @@ MUTATIONS = [
         "nobody is told which rounds a full merge has",
         FullMerge,
         "begin",
-        "(*at.lately, *([at.made()] if at.steps else []))",
+        "(*at.lately, *([at.made()] if at.steps else []), *absent)",
         "()",
         schedules("asgd_ga-fp32"),
     ),

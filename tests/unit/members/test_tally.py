@@ -84,8 +84,13 @@ def test_a_region_goes_on_in_the_round_of_which_the_others_hold_a_part() -> None
     assert tally.rows_made_up()["south"] == 5 * 20 + 10
     tally.heard("north", 9, [], {"south": 6}, values([told]))
     assert tally.place("south") == Place(AT_0, 6, (0, 12)), "the rest had come too"
+    tally.seated("west", 5, AT_0, 0)
     tally.heard("west", 5, [], {"south": 6}, values([{**told, "done": 11, "steps": 1, "samples": 10}]))
     assert tally.place("south") == Place(AT_0, 6, (0, 12)), "heard late"
+    tally.told_by_others()
+    tally.lost("north", epoch=2, since=0)
+    assert tally.place("south") == Place(AT_0, 6, (0, 11)), "who had the rest is lost too"
+    assert [(made.round, made.steps) for made in tally.told_by_others()] == [(5, 1)]
 
 
 def test_it_is_settled_what_others_hold_once_they_told_something_in_a_view_without_the_region() -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from geotrain.errors import StateDamaged
-from geotrain.sync.messages import Adopt, Apply, Kind, Merge, Produce, SegmentBegins, Send, Update
+from geotrain.sync.messages import Adopt, Apply, Kind, Merge, Produce, SegmentBegins, Send, Update, View
 from geotrain.sync.strategy import Merging, Pushing
 from tests.world import World
 
@@ -84,3 +84,29 @@ def test_a_rounds_loss_is_its_mean_by_rows() -> None:
     server.step_done(1, torch.tensor(4.0))
     server.step_done(3, torch.tensor(2.0))
     assert [(record.samples, record.loss) for record in seen] == [(4, 2.5)]
+
+
+def test_a_rounds_loss_has_what_came_before_a_view_changed_in_it() -> None:
+    seen = []
+    world = begun(Pushing("delta", 2, 1))
+    server = world.nodes["lima"].server
+    server.report = seen.append
+    server.machine.at.until = 5
+    server.step_done(1, torch.tensor(4.0))
+    server.change_view(View(world.view.epoch + 1, ("lima",), ("lima",)))
+    server.step_done(3, torch.tensor(2.0))
+    assert [(record.samples, record.loss) for record in seen] == [(4, 2.5)]
+
+
+def test_what_is_wrong_as_a_view_changes_is_void_and_the_rest_a_round_of_its_own() -> None:
+    """The mean that the view begins with has none of it; what is made of the round afterwards would be called void with it, or it good."""
+    world = begun(Pushing("delta", 2, 1))
+    server, closed = world.nodes["lima"].server, []
+    server.report, server.bad_rounds, before = closed.append, 2, server.replica.local.clone()
+    server.machine.at.until = 5
+    server.replica.local[0] = math.nan
+    server.stepped(3, torch.tensor(0.5))
+    server.change_view(View(world.view.epoch + 1, ("lima",), ("lima",)))
+    assert torch.equal(server.replica.local, before)
+    assert [(record.round, record.samples, record.steps) for record in closed] == [(0, 0, 1)]
+    assert (server.machine.at.round, server.machine.at.steps) == (1, 0)

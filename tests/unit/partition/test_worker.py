@@ -37,7 +37,8 @@ class Seat(SimpleNamespace):
     """One of that life."""
 
     def __init__(self, life: int) -> None:
-        super().__init__(order=SimpleNamespace(life=life), aborted=threading.Event(), closed=threading.Event(), lapsed_at=None)
+        super().__init__(order=SimpleNamespace(life=life), aborted=threading.Event(), closed=threading.Event())
+        self.lapsed_at, self.running = None, False
 
     def close(self) -> None:
         self.closed.set()
@@ -76,9 +77,11 @@ def test_one_whose_links_are_still_looked_at_stays(monkeypatch: pytest.MonkeyPat
 
 def test_the_next_seat_in_its_place_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "LEFT_S", 0.05)
+    monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=(clock := Clock())))
     seat = seated(monkeypatch, Seat(7))
     worker.abort("run-1", "north", {7})
     next_one = seated(monkeypatch, Seat(8))
+    clock.now += 1.0
     assert not next_one.closed.wait(0.5)
     assert not seat.closed.is_set(), "who took its place has closed it"
 

@@ -98,7 +98,7 @@ def test_of_a_round_that_others_hold_in_part_that_part_counts(folder: RunFolder)
     made(folder, "south", 1, range(10))
     whole = {"at": 0.0, "region": "south", "life": 1, "round": 10, "epoch": 0, "done": 14, "steps": 4, "samples": 4, "settled": {}}
     folder.round(whole)
-    for steps in (1, 3, 2):
+    for steps in (1, 2, 3):
         folder.round_by_others(RoundMade("south", 1, 10, epoch=0, done=10 + steps, steps=steps, samples=steps))
     made(folder, "north", 1, range(12), south=11)
     folder.event("lost", region="south", message="killed")
