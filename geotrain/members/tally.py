@@ -27,19 +27,28 @@ class _Seat:
     """Region that is in -> those that it holds, as it told: that counts, though the seat's own leader has made more of a round."""
     written: dict[int, RoundMade] = field(default_factory=dict)
     """What was passed on by `untold`."""
+    news: set[int] = field(default_factory=set)
+    """Rounds that `untold` is to look at."""
 
     def take(self, teller: str, made: RoundMade) -> None:
         """It holds that."""
         there = self.by.setdefault(teller, {})
         if (before := there.get(made.round)) is None or made.steps > before.steps:
             there[made.round] = made
+            self.news.add(made.round)
+
+    def leave_out(self, teller: str) -> None:
+        """What it held is gone."""
+        self.news.update(self.by.pop(teller, ()))
+
+    def held(self, round: int) -> RoundMade | None:
+        """The most of that round that another region holds."""
+        return max((there[round] for there in self.by.values() if round in there), key=lambda made: made.steps, default=None)
 
     def by_others(self) -> dict[int, RoundMade]:
-        """Of each round the most that anybody holds."""
-        found: dict[int, RoundMade] = {}
-        for there in self.by.values():
-            found |= {round: made for round, made in there.items() if round not in found or made.steps > found[round].steps}
-        return found
+        """That of each round."""
+        rounds = {round for there in self.by.values() for round in there}
+        return {round: made for round in sorted(rounds) if (made := self.held(round)) is not None}
 
     def known(self) -> dict[int, tuple[int, int, int]]:
         """As `closed`, of all that is known."""
@@ -47,11 +56,12 @@ class _Seat:
 
     def untold(self) -> list[RoundMade]:
         """What others told that its leader did not, or told otherwise; each once, and again when they hold something else."""
-        found = [
-            made
-            for round, made in self.by_others().items()
-            if (_short(made) != self.closed.get(round) if round not in self.written else made != self.written[round])
-        ]
+        found = []
+        for round in sorted(self.news):
+            made, told = self.held(round), self.written.get(round)
+            if made is not None and (made != told if told is not None else _short(made) != self.closed.get(round)):
+                found.append(made)
+        self.news.clear()
         self.written |= {made.round: made for made in found}
         return found
 
@@ -61,6 +71,7 @@ class _Seat:
         for rounds in kept:
             for round in [round for round in rounds if not first <= round < end]:
                 del rounds[round]
+        self.news = {round for round in self.news if first <= round < end}
 
 
 class Tally:
@@ -111,7 +122,7 @@ class Tally:
         self._told_in.pop(region, None)
         self._healed.discard(region)
         for seat in self._all_seats():
-            seat.by.pop(region, None)
+            seat.leave_out(region)
 
     def _all_seats(self) -> list[_Seat]:
         return [seat for seats in self._seats.values() for seat in seats]
@@ -149,6 +160,7 @@ class Tally:
             for record in rounds:
                 if (seat := self._seat(region, record["life"])) is not None:
                     seat.closed[record["round"]] = record["epoch"], record["done"], record["samples"]
+                    seat.news.add(record["round"])
             if self._is_in(region, life):
                 for made in [RoundMade(*values) for values in held]:
                     seat = self._seat(made.region, made.life)
