@@ -106,8 +106,8 @@ class Progress:
         self.lately = deque(self.lately, maxlen=max(KEPT, rounds))
 
     def heard_of(self, made: RoundMade) -> None:
-        """That round came here."""
-        if (before := self.newest.get(made.region)) is None or before.round < made.round:
+        """That round came here, or more of it."""
+        if (before := self.newest.get(made.region)) is None or (before.round, before.steps) < (made.round, made.steps):
             self.newest[made.region] = made
 
     def made(self) -> RoundMade:

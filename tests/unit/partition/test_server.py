@@ -75,25 +75,17 @@ def test_what_a_region_is_brought_up_to_date_with_is_verified_by_its_hash(kind: 
         assert torch.equal(taker.replica.local, giver.replica.local)
 
 
-def test_a_rounds_loss_is_its_mean_by_rows() -> None:
+@pytest.mark.parametrize("view_changes", [False, True])
+def test_a_rounds_loss_is_its_mean_by_rows(view_changes: bool) -> None:
+    """Of all its rows, also where a view began in mid-round."""
     seen = []
     world = begun(Pushing("delta", 2, 1))
     server = world.nodes["lima"].server
     server.report = seen.append
     server.machine.at.until = 5
     server.step_done(1, torch.tensor(4.0))
-    server.step_done(3, torch.tensor(2.0))
-    assert [(record.samples, record.loss) for record in seen] == [(4, 2.5)]
-
-
-def test_a_rounds_loss_has_what_came_before_a_view_changed_in_it() -> None:
-    seen = []
-    world = begun(Pushing("delta", 2, 1))
-    server = world.nodes["lima"].server
-    server.report = seen.append
-    server.machine.at.until = 5
-    server.step_done(1, torch.tensor(4.0))
-    server.change_view(View(world.view.epoch + 1, ("lima",), ("lima",)))
+    if view_changes:
+        server.change_view(View(world.view.epoch + 1, ("lima",), ("lima",)))
     server.step_done(3, torch.tensor(2.0))
     assert [(record.samples, record.loss) for record in seen] == [(4, 2.5)]
 
